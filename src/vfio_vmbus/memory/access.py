@@ -208,8 +208,8 @@ def viewer(dtype: np.dtype[Any]) -> Any:
 
     def plain(address: int) -> Any:
         check(address, aligned.itemsize)
-        buffer = (ctypes.c_char * aligned.itemsize).from_address(int(address))
-        return np.frombuffer(buffer, aligned)[0]
+        buffer = (ctypes.c_uint8 * aligned.itemsize).from_address(int(address))
+        return np.frombuffer(memoryview(buffer), aligned)[0]
 
     if INTERPRETED:
         return plain

@@ -98,6 +98,6 @@ def kernel(signature: str) -> Callable[[F], F]:
             dispatcher._cache = _Cache(function)
         dispatcher.compile(signature)
         dispatcher.disable_compile()
-        return dispatcher  # type: ignore[no-any-return]
+        return dispatcher
 
     return decorate

@@ -1,7 +1,7 @@
 """Address space made of pieces of files: mapped side by side, between guard pages, and optionally wrapped.
 
 A ring's data area is mapped twice in a row ("wrapped"), so that a packet which runs past the end of the ring is contiguous in
-memory; Linux (drivers/hv/ring_buffer.c) and Hyper-V do the same. A GPADL is mapped from the files that back its pages into one range.
+memory; Linux (drivers/hv/ring_buffer.c) and Hyper-V do the same. A GPADL is mapped from the files behind its pages into one range.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ PAGE = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 _PROT_NONE = 0
@@ -53,11 +60,7 @@ def merge(pieces: Iterable[Piece]) -> list[Piece]:
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
-        if (
-            last
-            and (last.fd, last.writable) == (piece.fd, piece.writable)
-            and last.offset + last.size == piece.offset
-        ):
+        if last and (last.fd, last.writable) == (piece.fd, piece.writable) and last.offset + last.size == piece.offset:
             merged[-1] = Piece(last.fd, last.offset, last.size + piece.size, last.writable)
         else:
             merged.append(piece)

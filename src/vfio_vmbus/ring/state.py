@@ -11,7 +11,10 @@ RING = np.dtype(
         ("size", "i8"),  # bytes of the data area
         ("index", "i8"),  # own index: where the next packet is written (outgoing) or read (incoming)
         ("shown", "i8"),  # own index as the other side can see it
-        ("room", "i8"),  # outgoing: bytes free, incoming: bytes readable, when the other side's index was last looked at
+        (
+            "room",
+            "i8",
+        ),  # outgoing: bytes free, incoming: bytes readable, when the other side's index was last looked at
         ("broken", "i8"),  # 0, or the first rule that the other side broke: BAD_*
         ("bad_value", "i8"),  # the value that broke it
         ("doorbell", "i8"),  # eventfd that signals the other side, or -1
