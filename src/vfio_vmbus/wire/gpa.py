@@ -85,3 +85,22 @@ def decode_ranges(words: Sequence[int], range_count: int) -> tuple[PageRange, ..
     if at != len(words):
         raise ProtocolError(f"page list: {len(words)} words, but {range_count} ranges take {at}")
     return tuple(ranges)
+
+
+def page_range(address: int, length: int) -> PageRange:
+    """One range over contiguous memory: `length` bytes at `address` (an IOVA, in bytes)."""
+    offset = address & (PAGE_SIZE - 1)
+    first = address >> PAGE_SHIFT
+    return PageRange(length, offset, tuple(range(first, first + pages_spanned(length, offset))))
+
+
+def single_pages(address: int, length: int) -> tuple[PageRange, ...]:
+    """The same memory as one range a page, the form in which Linux's netvsc sends its frames."""
+    ranges: list[PageRange] = []
+    while length > 0:
+        offset = address & (PAGE_SIZE - 1)
+        part = min(length, PAGE_SIZE - offset)
+        ranges.append(PageRange(part, offset, (address >> PAGE_SHIFT,)))
+        address += part
+        length -= part
+    return tuple(ranges)

@@ -3,18 +3,19 @@
 Sources: include/linux/hyperv.h and drivers/hv/channel_mgmt.c of Linux 6.12; OpenVMM's vmbus_core (names of
 the fields that Linux calls reserved, least versions). Every message begins with the 8-byte header.
 
-The table is `MESSAGES`: number -> class; the class has NUMBER, SINCE (least connection version) and SENDER.
+`MESSAGES` is the table: number -> class; the class has NUMBER, SINCE (least connection version) and SENDER.
 Messages that need a feature flag exist only from version 6.0 on and are not here.
 """
 
 from collections.abc import Mapping
-from enum import Enum
 from types import MappingProxyType
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from vfio_vmbus.errors import ProtocolError
 from vfio_vmbus.wire.bits import BitField, Bits
 from vfio_vmbus.wire.layout import NIL_GUID, U8, U16, U32, U64, Buffer, Guid, Raw, Struct, Tail, struct
+from vfio_vmbus.wire.table import Numbered, Table
+from vfio_vmbus.wire.table import Side as Side
 
 # Connection versions: major << 16 | minor.
 VERSION_WS2008 = 0 << 16 | 13
@@ -94,13 +95,6 @@ def version_text(version: int) -> str:
     return f"{version >> 16}.{version & 0xFFFF}"
 
 
-class Side(Enum):
-    """Who sends a message."""
-
-    GUEST = "guest"
-    HOST = "host"
-
-
 class FeatureFlags(BitField, width=32):
     """What both ends can do beyond their version. A host answers them from version 6.0 on only."""
 
@@ -145,35 +139,19 @@ class InterruptFlags(BitField, width=16):
     dedicated = Bits(0)
 
 
+TABLE: Table["Message"] = Table("VMBus", version_text)
+
+
 @struct(size=8)
-class MessageHeader(Struct):
-    """What every message begins with."""
+class Message(Numbered):
+    """The header that every message begins with, and base of them all."""
 
     message_type: U32 = 0
     padding: U32 = 0
 
-
-class Message(MessageHeader):
-    """Base of all messages. The value of `message_type` is fixed by the class."""
-
-    NUMBER: ClassVar[int]
-    SINCE: ClassVar[int]
-    SENDER: ClassVar[Side]
-
     def __init_subclass__(cls, *, since: int, sender: Side) -> None:
         super().__init_subclass__()
-        cls.NUMBER = vars(cls)["message_type"]
-        cls.SINCE = since
-        cls.SENDER = sender
-        if _MESSAGES.setdefault(cls.NUMBER, cls) is not cls:
-            raise TypeError(f"message number {cls.NUMBER} is taken by {_MESSAGES[cls.NUMBER].__name__}")
-
-    def check(self) -> None:
-        """Raise ProtocolError where the fields contradict each other. `parse_message` calls it."""
-
-
-_MESSAGES: dict[int, type[Message]] = {}
-MESSAGES: Mapping[int, type[Message]] = MappingProxyType(_MESSAGES)
+        TABLE.add(cls, vars(cls)["message_type"], since=since, sender=sender)
 
 
 @struct(size=40)
@@ -402,7 +380,10 @@ class ModifyChannelResponse(Message, since=VERSION_WIN10_V5_3, sender=Side.HOST)
     status: U32 = STATUS_SUCCESS
 
 
-def parse_message(data: Buffer, *, sender: Side | None = None, version: int | None = None) -> Message:
+MESSAGES: Mapping[int, type[Message]] = MappingProxyType({kind.NUMBER: kind for kind in TABLE})
+
+
+def parse_message(data: Buffer, *, sender: Side = Side.BOTH, version: int | None = None) -> Message:
     """Decode one message. Bytes behind it are ignored up to the 240 that a message can have.
 
     With `sender` and `version` (the negotiated one) a message that this side must not send, or that this
@@ -410,16 +391,6 @@ def parse_message(data: Buffer, *, sender: Side | None = None, version: int | No
     """
     if len(data) > MAX_MESSAGE_SIZE:
         raise ProtocolError(f"message of {len(data)} bytes, limit {MAX_MESSAGE_SIZE}")
-    number = MessageHeader.unpack(data).message_type
-    kind = MESSAGES.get(number)
-    if kind is None:
-        raise ProtocolError(f"unknown message number {number}, limit {max(MESSAGES)}")
-    if sender is not None and kind.SENDER is not sender:
-        raise ProtocolError(f"{kind.__name__} from the {sender.value}, only the {kind.SENDER.value} sends it")
-    if version is not None and version < kind.SINCE:
-        raise ProtocolError(
-            f"{kind.__name__} needs version {version_text(kind.SINCE)}, negotiated {version_text(version)}"
-        )
-    message = kind.unpack(data)
+    message = TABLE.select(Message.unpack(data).message_type, sender, version).unpack(data)
     message.check()
     return message
