@@ -89,16 +89,15 @@ def lookup(domain: int, iova: int, size: int, access: int) -> int:
         return -WRAPS
     head = _domain_at(domain)
     table = load64_acquire(domain + _TABLE_AT)
-    index = head.hint
-    if index < 1 or index > _entry_at(table).iova:
-        index = 1
+    count = _entry_at(table).iova
+    if count == 0:
+        return -NOT_MAPPED
+    index = min(max(head.hint, 1), count)
     entry = _entry_at(table + index * _ENTRY_SIZE)
-    if _entry_at(table).iova == 0 or iova < entry.iova or iova >= entry.end:
+    if iova < entry.iova or iova >= entry.end:
         index = _find(table, iova)
-        if index == 0:
-            return -NOT_MAPPED
         entry = _entry_at(table + index * _ENTRY_SIZE)
-        if iova >= entry.end:
+        if index == 0 or iova >= entry.end:
             return -NOT_MAPPED
         head.hint = index
     if size > entry.end - iova:
