@@ -16,6 +16,7 @@ import numpy as np
 
 from ..memory.access import copy, inline, load64, store64, viewer
 from ..memory.kernel import kernel
+from ..wire.ring import MAX_PACKET_SIZE, PacketHeader
 from .primitives import (
     FOOTER,
     in_commit,
@@ -39,7 +40,7 @@ PACKET = np.dtype(
     [
         ("offset", "i8"),  # of the data, in bytes from the start of the memory (in place: of the ring's data area)
         ("length", "i8"),  # bytes of data; received, always a multiple of 8: VMBus tells no finer
-        ("trans_id", "i8"),  # 64 bits that a completion echoes
+        ("trans_id", "i8"),  # the 64 bits that a completion echoes, as a signed number
         ("kind", "i8"),  # type of the packet, 16 bits
         ("flags", "i8"),  # 15 bits
         ("header", "i8"),  # bytes of the packet in front of its data: 16, or more by multiples of 8
@@ -47,10 +48,10 @@ PACKET = np.dtype(
 )
 """One packet of a burst."""
 
-HEADER = 16
+HEADER = PacketHeader.SIZE
 """Bytes of a packet's descriptor: type, data offset / 8, length / 8, flags (16 bits each), transaction id (64)."""
-MAX_PACKET = 0xFFFF * 8
-"""Bytes of the longest packet, descriptor and data: its length is 16 bits of 8-byte units."""
+MAX_PACKET = MAX_PACKET_SIZE
+"""Bytes of the longest packet, descriptor and data."""
 _ROW = PACKET.itemsize
 
 packet_at = viewer(PACKET)
@@ -71,9 +72,7 @@ def _valid(row: Any, limit: int) -> bool:
         return False
     if row.length < 0 or row.length > limit - row.offset:
         return False
-    return (
-        row.header + row.length <= MAX_PACKET and row.kind & ~0xFFFF == 0 and row.flags & ~0x7FFF == 0
-    )
+    return row.header + row.length <= MAX_PACKET and row.kind & ~0xFFFF == 0 and row.flags & ~0x7FFF == 0
 
 
 @inline

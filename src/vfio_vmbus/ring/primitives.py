@@ -24,15 +24,17 @@ from ..memory.access import (
     viewer,
 )
 from ..memory.libc import eventfd_signal
+from ..wire import ring as layout
 from .state import BAD_INDEX, BAD_LENGTH, BAD_OFFSET, RING
 
-WRITE_INDEX = 0
-READ_INDEX = 4
-INTERRUPT_MASK = 8
-PENDING_SEND_SZ = 12
-FEATURE_BITS = 64
-FEAT_PENDING_SEND_SZ = 1
-FOOTER = 8
+# Plain numbers for kernels: bytes into the control page.
+WRITE_INDEX = layout.RING_WRITE_INDEX
+READ_INDEX = layout.RING_READ_INDEX
+INTERRUPT_MASK = layout.RING_INTERRUPT_MASK
+PENDING_SEND_SZ = layout.RING_PENDING_SEND_SIZE
+FEATURE_BITS = layout.RING_FEATURES
+FEAT_PENDING_SEND_SZ = layout.FEATURE_PENDING_SEND_SIZE
+FOOTER = layout.FOOTER_SIZE
 """Bytes behind each packet: its own start index in the upper half, 0 in the lower."""
 
 ring_at = viewer(RING)
