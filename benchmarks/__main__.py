@@ -8,7 +8,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ", ".join(each.name for each in select()) or "none"
         print(f"no bench has a name that starts with {asked.only!r}; there are: {names}", file=sys.stderr)
         return 2
-    signal.signal(
-        signal.SIGTERM, signal.getsignal(signal.SIGINT)
-    )  # so that yardsticks are cleaned up then too
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that yardsticks are cleaned up then too
+    facts: dict[str, Any] = {**machine.describe(), "rounds": asked.rounds}
     outcomes, probes = _run(benches, asked.rounds)
-    _write(outcomes, probes, asked.rounds)
+    if outcomes:
+        _write(outcomes, probes, facts)
     failed = any(each.failed for each in outcomes)
     return 130 if len(outcomes) < len(benches) else int(failed)
 
@@ -45,12 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure vfio-vmbus beside its yardsticks, in turn, and report medians.",
         epilog="example: python -m benchmarks --only ring/ --rounds 9",
     )
-    parser.add_argument(
-        "--only", metavar="PREFIX", default="", help="only benches whose names start with this"
-    )
-    parser.add_argument(
-        "--rounds", type=_rounds, default=ROUNDS, metavar="N", help=f"rounds of each bench (default {ROUNDS})"
-    )
+    parser.add_argument("--only", metavar="PREFIX", default="", help="only benches whose names start with this")
+    parser.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help=f"rounds of each bench (default {ROUNDS})")
     return parser
 
 
@@ -81,7 +77,7 @@ def _run(benches: Sequence[Bench], rounds: int) -> tuple[list[Outcome], list[dic
             with Run(rounds, before_round) as run:
                 for each in benches:
                     progress.update(task, description=each.name)
-                    outcomes.append(run_bench(each, run))
+                    outcomes.append(_with_warning(run_bench(each, run), probes))
                     progress.advance(task)
                     if not console.is_terminal:
                         print(f"{each.name}: {outcomes[-1].verdict or 'done'}", file=sys.stderr, flush=True)
@@ -90,10 +86,18 @@ def _run(benches: Sequence[Bench], rounds: int) -> tuple[list[Outcome], list[dic
     return outcomes, probes
 
 
-def _write(outcomes: Sequence[Outcome], probes: Sequence[dict[str, Any]], rounds: int) -> None:
+def _with_warning(outcome: Outcome, probes: Sequence[dict[str, Any]]) -> Outcome:
+    """The outcome, with a note where the machine changed its state while it was measured."""
+    distances = [each["ns"] for each in probes if each["bench"] == outcome.bench.name and each["ns"] is not None]
+    if not distances or max(distances) < 2 * min(distances):
+        return outcome
+    moved = f"the cores moved between {min(distances):.0f} and {max(distances):.0f} ns of each other: measure it again"
+    return replace(outcome, note="; ".join(filter(None, (outcome.note, moved))))
+
+
+def _write(outcomes: Sequence[Outcome], probes: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
     report.print_table(outcomes, Console())
     machine.BUILD.mkdir(parents=True, exist_ok=True)
-    facts = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "rounds": rounds, **machine.describe()}
     (machine.BUILD / "conditions.json").write_text(report.conditions_json(facts, probes, outcomes))
     (machine.BUILD / "results.json").write_text(report.results_json(outcomes))
     measurements = [each.measurement for each in outcomes if each.measurement]
@@ -102,7 +106,7 @@ def _write(outcomes: Sequence[Outcome], probes: Sequence[dict[str, Any]], rounds
     where = machine.BUILD.relative_to(machine.ROOT)
     distances = [each["ns"] for each in probes if each["ns"] is not None]
     apart = f"; cores {min(distances):.0f}-{max(distances):.0f} ns apart" if distances else ""
-    print(f"medians of {rounds} rounds{apart}; samples and conditions: {where}/")
+    print(f"medians of {facts['rounds']} rounds{apart}; samples and conditions: {where}/")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ def compile_c(file: str) -> Path:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"no C compiler ({cc}): install gcc or clang, or set CC ({error})") from error
     # -march=native makes the program this machine's, so the CPU belongs to the key of the cache too.
-    key = hashlib.sha256(
-        b"\0".join([source.read_bytes(), version, cpu_model().encode(), repr(FLAGS).encode()])
-    )
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, cpu_model().encode(), repr(FLAGS).encode()]))
     program = BUILD / f"{source.stem}-{key.hexdigest()[:16]}"
     if not program.exists():
         _compile([cc, *FLAGS], source, program)

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,9 +42,11 @@ def cpu_model() -> str:
     return platform.machine()
 
 
-def describe() -> dict[str, str | int]:
-    """What figures of this machine depend on, for conditions.json."""
-    facts: dict[str, str | int] = {
+def describe() -> dict[str, str | float]:
+    """What figures of this machine depend on, for conditions.json; `load` is that of the minute before."""
+    facts: dict[str, str | float] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 2),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",

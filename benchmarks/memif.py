@@ -54,10 +54,14 @@ class Memif:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
+
+    @property
+    def version(self) -> str:
+        """The package that testpmd is of, with its version."""
+        packages = (CACHE / "dpdk/root/packages.txt").read_text().split()
+        return next(package for package in packages if package.startswith("dpdk-dev_"))
 
     def mpps(self, size: int, seconds: float = SLICE) -> float:
         """Million frames of `size` bytes a second at the receiver, over `seconds`."""
@@ -74,9 +78,7 @@ class Memif:
             self._receiver.command("stop")
         frames, octets = more_frames - frames, more_octets - octets
         if frames == 0 or abs(octets / frames - size) > 1:
-            raise Unavailable(
-                f"memif carried {frames} frames, {octets} bytes, where frames of {size} were sent"
-            )
+            raise Unavailable(f"memif carried {frames} frames, {octets} bytes, where frames of {size} were sent")
         return frames / (end - begin) / 1e6
 
 
@@ -117,9 +119,7 @@ class _Testpmd:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
     def command(self, line: str) -> str:

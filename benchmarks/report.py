@@ -22,9 +22,7 @@ def results_json(outcomes: Sequence[Outcome]) -> str:
     return json.dumps([asdict(each.measurement) for each in outcomes if each.measurement], indent=1) + "\n"
 
 
-def conditions_json(
-    facts: dict[str, Any], probes: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
-) -> str:
+def conditions_json(facts: dict[str, Any], probes: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> str:
     """The machine, the probes of each round, and all samples in the order taken, by bench."""
     samples = {each.bench.name: [turn.samples for turn in each.taken] for each in outcomes if each.taken}
     return json.dumps({**facts, "cacheline_probes": list(probes), "samples": samples}, indent=1) + "\n"
@@ -64,22 +62,23 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """Bars of value and yardstick by name, one panel a unit, because units do not compare."""
+    """Bars of value and yardstick by name; one panel for each unit of ring, nic, ..., as others do not compare."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display
     import matplotlib.pyplot as plt
 
-    units = list(dict.fromkeys(each.unit for each in measurements))
-    panels = [[each for each in measurements if each.unit == unit] for unit in units]
+    panels: dict[tuple[str, str], list[Measurement]] = {}
+    for each in measurements:
+        panels.setdefault((each.name.partition("/")[0], each.unit), []).append(each)
     figure, axes = plt.subplots(
         len(panels),
-        figsize=(9, sum(0.9 + 0.5 * len(panel) for panel in panels)),
-        height_ratios=[1 + 0.6 * len(panel) for panel in panels],
+        figsize=(9, sum(0.9 + 0.5 * len(panel) for panel in panels.values())),
+        height_ratios=[len(panel) for panel in panels.values()],
         squeeze=False,
         layout="constrained",
     )
-    for axis, unit, panel in zip(axes.flat, units, panels, strict=True):
+    for axis, ((_, unit), panel) in zip(axes.flat, panels.items(), strict=True):
         _panel(axis, unit, panel)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
@@ -88,9 +87,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
 
 def _panel(axis: Any, unit: str, panel: Sequence[Measurement]) -> None:
     rows = range(len(panel))
-    ours = axis.barh(
-        [row - 0.2 for row in rows], [each.value for each in panel], 0.38, label="vfio-vmbus", color="#2563a8"
-    )
+    ours = axis.barh([row - 0.2 for row in rows], [each.value for each in panel], 0.38, label="vfio-vmbus", color="#2563a8")
     yardsticks = axis.barh(
         [row + 0.2 for row in rows],
         [each.yardstick or 0 for each in panel],
@@ -99,11 +96,9 @@ def _panel(axis: Any, unit: str, panel: Sequence[Measurement]) -> None:
         color="#c9c9c9",
     )
     axis.bar_label(ours, [short(each.value) for each in panel], padding=3, fontsize=8)
-    axis.bar_label(
-        yardsticks, [short(each.yardstick) if each.yardstick else "" for each in panel], padding=3, fontsize=8
-    )
+    axis.bar_label(yardsticks, [short(each.yardstick) if each.yardstick else "" for each in panel], padding=3, fontsize=8)
     axis.set_yticks(list(rows), [each.name for each in panel])
-    axis.invert_yaxis()
+    axis.set_ylim(len(panel) - 0.5, -0.5)  # the first on top
     axis.margins(x=0.12)
     axis.set_xlabel(unit)
     axis.spines[["top", "right"]].set_visible(False)
