@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import Unavailable
 from benchmarks.machine import BUILD, cpu_model
+from vfio_vmbus.errors import UnavailableError
 
 FLAGS = ("-O3", "-march=native", "-pthread", "-Wall", "-Wextra")
 
@@ -17,7 +17,7 @@ FLAGS = ("-O3", "-march=native", "-pthread", "-Wall", "-Wextra")
 def compile_c(file: str) -> Path:
     """Compile a self-contained C file of benchmarks/ (`ring_lean.c`) and return the path of the program.
 
-    Raises `Unavailable` where the machine has no C compiler, and `RuntimeError` with the compiler's words
+    Raises `UnavailableError` where the machine has no C compiler, and `RuntimeError` with the compiler's words
     where the file does not compile.
     """
     source = Path(__file__).with_name(file)
@@ -25,7 +25,7 @@ def compile_c(file: str) -> Path:
     try:
         version = subprocess.run([cc, "--version"], capture_output=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"no C compiler ({cc}): install gcc or clang, or set CC ({error})") from error
+        raise UnavailableError(f"no C compiler ({cc}): install gcc or clang, or set CC ({error})") from error
     # -march=native makes the program this machine's, so the CPU belongs to the key of the cache too.
     key = hashlib.sha256(b"\0".join([source.read_bytes(), version, cpu_model().encode(), repr(FLAGS).encode()]))
     program = BUILD / f"{source.stem}-{key.hexdigest()[:16]}"

@@ -15,7 +15,8 @@ def _seconds(*command: str) -> float:
     done = subprocess.run(command, capture_output=True, text=True)
     elapsed = time.perf_counter() - begin
     if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+        words = done.stderr.strip().splitlines() or ["no word"]
+        raise RuntimeError(f"{command[0]} ended with status {done.returncode}: {words[-1]}")
     return elapsed
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import Unavailable
+from vfio_vmbus.errors import UnavailableError
 
 # What a program needs to run, of all that its packages name: libraries and the providers that those load.
 # The C library and the compiler's are the system's, and what is for building or reading stays away.
@@ -25,19 +25,19 @@ def unpacked(patterns: Sequence[str], folder: Path) -> Path:
 
     `patterns` are regular expressions of whole package names (a release number is often part of one). The
     packages come from the apt sources of the machine; where apt has no lists yet, or stale ones, lists of
-    our own are fetched first. Raises `Unavailable` with the reason.
+    our own are fetched first. Raises `UnavailableError` with the reason.
     """
     root = folder / "root"
     if root.is_dir():
         return root
     for tool in ("apt-get", "apt-cache", "dpkg"):
         if shutil.which(tool) is None:
-            raise Unavailable(f"{tool} is not here: this needs Debian or one of its kin")
+            raise UnavailableError(f"{tool} is not here: this needs Debian or one of its kin")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"fetching {patterns[0]} and what it needs into {folder} (once)", file=sys.stderr, flush=True)
     try:
         _unpack(patterns, root, options=[])
-    except Unavailable:
+    except UnavailableError:
         with tempfile.TemporaryDirectory(dir=folder) as lists:
             _unpack(patterns, root, _own_lists(Path(lists)))
     return root
@@ -79,7 +79,7 @@ def _matching(patterns: Iterable[str], options: Sequence[str]) -> set[str]:
     for pattern in patterns:
         found = {name for name in known if re.fullmatch(pattern, name)}
         if not found:
-            raise Unavailable(f"apt has no package {pattern}: not in its sources, or these are out of reach")
+            raise UnavailableError(f"apt has no package {pattern}: not in its sources, or these are out of reach")
         names |= found
     return names
 
@@ -105,8 +105,8 @@ def _run(command: list[str], cwd: str | None = None) -> str:
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{command[0]} took more than {_MINUTES:.0f} s") from error
+        raise UnavailableError(f"{command[0]} took more than {_MINUTES:.0f} s") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or ["no reason given"]
-        raise Unavailable(f"{command[0]} failed: {lines[-1]}")
+        raise UnavailableError(f"{command[0]} failed: {lines[-1]}")
     return done.stdout

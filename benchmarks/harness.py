@@ -8,12 +8,13 @@ A bench is a function registered by name; it gets the `Run` it belongs to and re
 
 The machine drifts between fast and slow states within seconds, so figures compare only within one run and
 only when taken in turn (A, B, A, B, ...); their medians are the result. A sampler returns one sample, warm:
-what compiles or fills caches has happened before. One whose program cannot be had here raises `Unavailable`;
+what compiles or fills caches has happened before. One whose program cannot be had here raises `UnavailableError`;
 as yardstick it is left out and the table says why, as "ours" the bench is skipped.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -21,14 +22,12 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from vfio_vmbus.errors import UnavailableError
+
 ROUNDS = 5
 
 Sampler = Callable[[], float]
 Resource = TypeVar("Resource")
-
-
-class Unavailable(Exception):
-    """Something that a bench needs cannot be had on this machine; the text says what and why."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def measure_in_turn(
 ) -> InTurn:
     """Call each sampler once a round, one after the other.
 
-    A sampler that raises `Unavailable` is dropped with all its samples and the rest goes on; the error of one
+    A sampler that raises `UnavailableError` is dropped with all its samples and the rest goes on; the error of one
     named "ours", or of the last one left, is the caller's.
     """
     if rounds < 1:
@@ -111,7 +110,7 @@ def measure_in_turn(
         for name in list(samples):
             try:
                 samples[name].append(samplers[name]())
-            except Unavailable as reason:
+            except UnavailableError as reason:
                 if name == "ours" or len(samples) == 1:
                     raise
                 del samples[name]
@@ -175,16 +174,16 @@ class Run:
     def shared(self, maker: Callable[[], AbstractContextManager[Resource]]) -> Resource:
         """What `maker` makes, entered at the first call and kept for later benches until the run ends.
 
-        For yardsticks that take long to start and cost nothing while idle. A maker that is `Unavailable` is
-        not tried again in this run.
+        For yardsticks that take long to start and cost nothing while idle. A maker that raises
+        UnavailableError is not tried again in this run.
         """
         if maker not in self._shared:
             try:
                 self._shared[maker] = self._stack.enter_context(maker())
-            except Unavailable as reason:
+            except UnavailableError as reason:
                 self._shared[maker] = reason
-        if isinstance(self._shared[maker], Unavailable):
-            raise Unavailable(*self._shared[maker].args)
+        if isinstance(self._shared[maker], UnavailableError):
+            raise UnavailableError(*self._shared[maker].args)
         resource: Resource = self._shared[maker]
         return resource
 
@@ -222,8 +221,9 @@ def run_bench(each: Bench, run: Run) -> Outcome:
     run.taken.clear()
     try:
         figures = each.function(run)
-    except Unavailable as reason:
+    except UnavailableError as reason:
         return Outcome(each, None, str(reason))
     except Exception as error:
+        traceback.print_exc()
         return Outcome(each, None, f"{type(error).__name__}: {error}", failed=True)
     return Outcome(each, measurement_of(each.name, each.unit, figures), figures.note, taken=tuple(run.taken))

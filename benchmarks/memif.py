@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.debian import unpacked
-from benchmarks.harness import Unavailable
 from benchmarks.machine import CACHE, two_cores
+from vfio_vmbus.errors import UnavailableError
 
 SLICE = 0.5  # seconds that one sample looks at
 _SETTLE = 0.1  # seconds from the start of traffic to the slice
@@ -31,7 +31,7 @@ _DRIVERS = ("librte_bus_vdev", "librte_mempool_ring", "librte_net_memif")
 
 
 class Memif:
-    """Two testpmd processes that sleep except while `mpps` measures. A context manager; raises `Unavailable`.
+    """Two testpmd processes that sleep except while `mpps` measures. A context manager; raises `UnavailableError`.
 
     The receiver runs on the second core, the sender on the first; as there is one of each, the figure is
     yardstick for sending and for receiving alike.
@@ -44,7 +44,7 @@ class Memif:
         root = unpacked(_PACKAGES, CACHE / "dpdk")
         first, second = two_cores()
         if first == second:
-            raise Unavailable("two testpmd processes need two cores, and there is one")
+            raise UnavailableError("two testpmd processes need two cores, and there is one")
         with ExitStack() as stack:
             # A folder of its own, with a short name: a unix socket's path ends at 107 bytes.
             socket = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memif-"))) / "s"
@@ -78,7 +78,7 @@ class Memif:
             self._receiver.command("stop")
         frames, octets = more_frames - frames, more_octets - octets
         if frames == 0 or abs(octets / frames - size) > 1:
-            raise Unavailable(f"memif carried {frames} frames, {octets} bytes, where frames of {size} were sent")
+            raise UnavailableError(f"memif carried {frames} frames, {octets} bytes, where frames of {size} were sent")
         return frames / (end - begin) / 1e6
 
 
@@ -128,7 +128,7 @@ class _Testpmd:
         try:
             self._process.stdin.write(line.encode() + b"\n")
         except BrokenPipeError as error:
-            raise Unavailable(f"dpdk-testpmd is gone at {line!r}") from error
+            raise UnavailableError(f"dpdk-testpmd is gone at {line!r}") from error
         return self._answer(repr(line))
 
     def received(self) -> tuple[int, int, float]:
@@ -138,14 +138,14 @@ class _Testpmd:
         end = time.perf_counter()
         counts = re.search(r"RX-packets:\s+(\d+).*?RX-bytes:\s+(\d+)", text, re.DOTALL)
         if counts is None:
-            raise Unavailable(f"dpdk-testpmd's port counters read {text[-200:]!r}")
+            raise UnavailableError(f"dpdk-testpmd's port counters read {text[-200:]!r}")
         return int(counts[1]), int(counts[2]), (begin + end) / 2
 
     def wait_for_link(self) -> None:
         deadline = time.monotonic() + _PATIENCE
         while "Link status: up" not in self.command("show port info 0"):
             if time.monotonic() > deadline:
-                raise Unavailable(f"memif had no link after {_PATIENCE:.0f} s")
+                raise UnavailableError(f"memif had no link after {_PATIENCE:.0f} s")
             time.sleep(0.05)
 
     def _answer(self, to: str) -> str:
@@ -157,11 +157,11 @@ class _Testpmd:
         while not text.endswith(_PROMPT):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([pipe], [], [], left)[0]:
-                raise Unavailable(f"dpdk-testpmd gave no prompt within {_PATIENCE:.0f} s of {to}")
+                raise UnavailableError(f"dpdk-testpmd gave no prompt within {_PATIENCE:.0f} s of {to}")
             chunk = os.read(pipe, 65536)
             if not chunk:
                 words = text.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-                raise Unavailable(f"dpdk-testpmd ended at {to} and said: {words[0]}")
+                raise UnavailableError(f"dpdk-testpmd ended at {to} and said: {words[0]}")
             text += chunk
         return text.decode(errors="replace")
 
@@ -180,7 +180,7 @@ def _library_folder(root: Path) -> Path:
     """The one folder of the unpacked tree that holds the libraries (its name has the architecture in it)."""
     found = sorted(root.glob("usr/lib/*/librte_eal.so.*"))
     if not found:
-        raise Unavailable(f"{root} holds no DPDK library: remove the folder and try again")
+        raise UnavailableError(f"{root} holds no DPDK library: remove the folder and try again")
     return found[0].parent
 
 
@@ -188,5 +188,5 @@ def _library(folder: Path, stem: str) -> str:
     """The name of a library with its release suffix; `-d` refuses paths that others could write to."""
     names = sorted((path.name for path in folder.glob(f"{stem}.so.*")), key=len)
     if not names:
-        raise Unavailable(f"{folder} holds no {stem}")
+        raise UnavailableError(f"{folder} holds no {stem}")
     return names[0]

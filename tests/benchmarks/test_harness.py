@@ -10,13 +10,13 @@ from benchmarks.harness import (
     Bench,
     Figures,
     Run,
-    Unavailable,
     bench,
     measure_in_turn,
     measurement_of,
     run_bench,
     select,
 )
+from vfio_vmbus.errors import UnavailableError
 
 
 def outcome_of(function, bar=None, rounds=1):
@@ -47,7 +47,7 @@ def test_a_yardstick_that_disappears_is_left_out_with_its_reason():
         try:
             return next(yardstick)
         except StopIteration:
-            raise Unavailable("it went away") from None
+            raise UnavailableError("it went away") from None
 
     result = measure_in_turn({"ours": lambda: 4.0, "yardstick": second_time_gone}, 3)
     assert result.samples == {"ours": [4.0, 4.0, 4.0]}
@@ -56,9 +56,9 @@ def test_a_yardstick_that_disappears_is_left_out_with_its_reason():
 
 def test_a_missing_subject_is_the_callers():
     def gone():
-        raise Unavailable("no namespaces here")
+        raise UnavailableError("no namespaces here")
 
-    with pytest.raises(Unavailable, match="no namespaces"):
+    with pytest.raises(UnavailableError, match="no namespaces"):
         measure_in_turn({"ours": gone, "yardstick": lambda: 1.0})
 
 
@@ -118,7 +118,7 @@ def test_the_conditions_hold_probes_and_all_samples():
 
 def test_an_error_in_a_bench_is_its_outcome_and_a_missing_program_is_not_an_error():
     def missing(run):
-        raise Unavailable("no compiler")
+        raise UnavailableError("no compiler")
 
     failed, skipped = outcome_of(lambda run: 1 / 0), outcome_of(missing)
     assert (failed.verdict, failed.failed, failed.note) == (
@@ -151,11 +151,11 @@ def test_what_cannot_be_had_is_not_tried_again():
 
     def maker():
         tried.append(1)
-        raise Unavailable("no apt")
+        raise UnavailableError("no apt")
 
     with Run() as run:
         for _ in range(2):
-            with pytest.raises(Unavailable, match="no apt"):
+            with pytest.raises(UnavailableError, match="no apt"):
                 run.shared(maker)
     assert len(tried) == 1
 
