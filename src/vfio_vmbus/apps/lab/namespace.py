@@ -91,9 +91,7 @@ def furnish(setup: Setup) -> Tap:
     except NetlinkError as error:
         tap.close()
         number = error.code if error.code > 0 else errno.EIO
-        raise UnavailableError(
-            namespace_refused("set-up of the network namespace", number, read_sysctls())
-        ) from None
+        raise UnavailableError(namespace_refused("set-up of the network namespace", number, read_sysctls())) from None
     return tap
 
 
