@@ -24,26 +24,30 @@ from ..memory.access import (
     viewer,
 )
 from ..memory.libc import eventfd_signal
+from ..wire import ring as layout
 from .state import BAD_INDEX, BAD_LENGTH, BAD_OFFSET, RING
 
-WRITE_INDEX = 0
-READ_INDEX = 4
-INTERRUPT_MASK = 8
-PENDING_SEND_SZ = 12
-FEATURE_BITS = 64
-FEAT_PENDING_SEND_SZ = 1
-FOOTER = 8
+# Plain numbers for kernels: bytes into the control page.
+WRITE_INDEX = layout.RING_WRITE_INDEX
+READ_INDEX = layout.RING_READ_INDEX
+INTERRUPT_MASK = layout.RING_INTERRUPT_MASK
+PENDING_SEND_SZ = layout.RING_PENDING_SEND_SIZE
+FEATURE_BITS = layout.RING_FEATURES
+FEAT_PENDING_SEND_SZ = layout.FEATURE_PENDING_SEND_SIZE
+FOOTER = layout.FOOTER_SIZE
 """Bytes behind each packet: its own start index in the upper half, 0 in the lower."""
 
 ring_at = viewer(RING)
 
 
 @inline
-def broken(ring: Any, rule: int, value: int) -> None:
-    """Note the first rule that the other side broke."""
+def broken(ring: Any, rule: int, value: int, limit: int) -> None:
+    """Note the first rule that the other side broke, and let nothing more through."""
     if ring.broken == 0:
         ring.broken = rule
         ring.bad_value = value
+        ring.bad_limit = limit
+    ring.room = 0
 
 
 @inline
@@ -59,8 +63,7 @@ def out_look(ring: Any) -> int:
     """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller."""
     read = load32_acquire(ring.control + READ_INDEX)
     if read >= ring.size or read & 7 != 0:
-        broken(ring, BAD_INDEX, read)
-        ring.room = 0
+        broken(ring, BAD_INDEX, read, ring.size)
         return 0
     free = read - ring.index
     if free <= 0:
@@ -73,6 +76,7 @@ def out_look(ring: Any) -> int:
 def out_begin(ring: Any, total: int) -> int:
     """Where to write a packet of `total` bytes, a multiple of 8 that counts header and footer; 0 when there is no room."""
     if ring.room <= total and (ring.broken != 0 or out_look(ring) <= total):
+        ring.full += 1
         return 0
     return ring.data + ring.index
 
@@ -118,8 +122,7 @@ def in_look(ring: Any) -> int:
     """Bytes readable, after a look at the writer's index; 0 when the ring is broken."""
     write = load32_acquire(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
-        broken(ring, BAD_INDEX, write)
-        ring.room = 0
+        broken(ring, BAD_INDEX, write, ring.size)
         return 0
     ready = write - ring.index
     if ready < 0:
@@ -164,12 +167,10 @@ def in_header(ring: Any) -> int:
     header = load64(ring.data + ring.index) & 0x7FFFFFFFFFFFFFFF
     length = packet_length(header)
     if length < 16 or length + FOOTER > ring.room:
-        broken(ring, BAD_LENGTH, length)
-        ring.room = 0
+        broken(ring, BAD_LENGTH, length, ring.room - FOOTER)
         return -1
     if packet_offset(header) < 16 or packet_offset(header) > length:
-        broken(ring, BAD_OFFSET, packet_offset(header))
-        ring.room = 0
+        broken(ring, BAD_OFFSET, packet_offset(header), length)
         return -1
     return header
 
@@ -204,7 +205,7 @@ def in_commit(ring: Any) -> int:
         return 0
     write = load32_acquire(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
-        broken(ring, BAD_INDEX, write)
+        broken(ring, BAD_INDEX, write, ring.size)
         return 0
     free = ring.index - write
     if free <= 0:
