@@ -252,5 +252,3 @@ class VmbusConnection:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._interrupt)
                     self._check_alive()
-
-
