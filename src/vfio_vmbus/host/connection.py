@@ -181,7 +181,9 @@ class Connection:
         try:
             for pages in ranges:
                 if pages.byte_offset or pages.byte_count % PAGE:
-                    raise ProtocolError(f"GPADL {handle:#x}: {pages.byte_count} bytes at offset {pages.byte_offset}: take whole pages")
+                    raise ProtocolError(
+                        f"GPADL {handle:#x}: {pages.byte_count} bytes at offset {pages.byte_offset}: take whole pages"
+                    )
                 for iova, size in _runs(pages.pfns):
                     access &= self.function.domain.access(iova, size)
                     pieces += self.function.domain.pieces(iova, size, access or READ)

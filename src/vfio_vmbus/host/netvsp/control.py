@@ -138,7 +138,9 @@ class Control:
             self._nic[name] = table.address
         self._tables["free"].array[:] = range(count - 1, -1, -1)  # the first section on top of the stack
         self._nic["free_count"] = count
-        sections = (nvsp.ReceiveSection(offset=0, sub_allocation_size=section, sub_allocation_count=count, end_offset=section * count),)
+        sections = (
+            nvsp.ReceiveSection(offset=0, sub_allocation_size=section, sub_allocation_count=count, end_offset=section * count),
+        )
         return nvsp.SendReceiveBufferComplete(status=nvsp.STATUS_SUCCESS, section_count=1, sections=sections)
 
     def _on_send_buffer(self, message: nvsp.SendSendBuffer) -> nvsp.NvspMessage:

@@ -14,7 +14,8 @@ from ...memory.block import Block
 from ...wire import nvsp, oid
 from ...wire.guids import CLASS_NETWORK
 from ...wire.vmbus import ChannelOffer
-from ..switch.switch import Port, Switch
+from ..switch.port import Port
+from ..switch.switch import Switch
 from ..vsp import ChannelContext
 from .control import Control
 from .objects import Objects
