@@ -13,7 +13,7 @@ from ..frames import ADDRESSES, FRAME_SIZE, frame_at
 from ..worker import BUSY, attention, control_at, scratch_of, sleep
 from .capture import capture_take
 from .fdb import fdb_learn, fdb_lookup
-from .ports import port_deliver, port_poll, ports_due
+from .ports import port_deliver, port_end, port_poll, ports_awake, ports_due
 from .state import (
     CAPTURE,
     FILTERED,
@@ -161,6 +161,7 @@ def switch_round(address: int) -> int:
         count = port_poll(place, switch.frames, switch.now)
         if count > 0:
             switch_forward(address, index, count)
+            port_end(place)
             work += count
     switch.rounds += 1
     return work
@@ -175,6 +176,7 @@ def _rest(address: int) -> None:
         wait = min((due - switch.now) // MILLISECOND, 60_000)
         if wait > 0:  # less than epoll_wait can express is spent looking
             sleep(switch.control, wait)
+    ports_awake(address)
     switch.now = clock_ns(scratch_of(switch.control))
 
 

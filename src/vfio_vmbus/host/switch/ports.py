@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...memory.kernel import kernel
 from ..frames import BURST, FRAME_SIZE, frame_at
+from ..netvsp.dataplane import nic_arm, nic_deliver, nic_finish, nic_poll
 from .replay import NEVER, replay_due, replay_poll
-from .state import GENERATOR, PORT_SIZE, REPLAY, SINK, TAP, port_at, switch_at
+from .state import GENERATOR, NIC, PORT_SIZE, REPLAY, SINK, TAP, port_at, switch_at
 from .tap import tap_deliver, tap_poll
 from .traffic import generator_poll, sink_deliver
 
@@ -20,7 +21,17 @@ def port_poll(address: int, frames: int, now: int) -> int:
         return generator_poll(address, frames, BURST)
     if kind == REPLAY:
         return replay_poll(address, frames, BURST, now)
+    if kind == NIC:
+        return nic_poll(port_at(address).state, frames, BURST)
     return 0
+
+
+@kernel("void(i8)")
+def port_end(address: int) -> None:
+    """The frames of the last `port_poll` are where they were to go."""
+    port = port_at(address)
+    if port.kind == NIC:
+        nic_finish(port.state)
 
 
 @kernel("void(i8, i8, i8, i8)")
@@ -30,7 +41,10 @@ def _give(address: int, frames: int, count: int, size: int) -> None:
     if port.kind == TAP:  # counts for itself: a write can also fail
         port.no_room += count - tap_deliver(address, frames, count)
         return
-    taken = sink_deliver(address, frames, count) if port.kind == SINK else count
+    if port.kind == NIC:
+        taken = nic_deliver(port.state, frames, count)
+    else:
+        taken = sink_deliver(address, frames, count) if port.kind == SINK else count
     if taken < count:
         port.no_room += count - taken
         for index in range(taken, count):
@@ -65,8 +79,21 @@ def ports_due(address: int, now: int) -> int:
         port = port_at(place)
         if port.enabled == 0:
             continue
-        if port.kind == REPLAY:
+        if port.kind == NIC:
+            if nic_arm(port.state, 1) != 0:
+                due = now
+        elif port.kind == REPLAY:
             due = min(due, replay_due(place))
         elif port.kind == TAP and port.retry_at > now:
             due = min(due, port.retry_at)
     return due
+
+
+@kernel("void(i8)")
+def ports_awake(address: int) -> None:
+    """After sleeping, or thinking better of it: no port need interrupt the worker."""
+    switch = switch_at(address)
+    for index in range(switch.count):
+        port = port_at(switch.ports + index * PORT_SIZE)
+        if port.enabled != 0 and port.kind == NIC:
+            nic_arm(port.state, 0)
