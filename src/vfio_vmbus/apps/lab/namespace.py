@@ -52,6 +52,7 @@ def enter_namespaces() -> None:
     Raises UnavailableError where that is forbidden. Rules of the maps: user_namespaces(7).
     """
     uid, gid = os.geteuid(), os.getegid()
+    sysctls = read_sysctls()  # now, because a new user namespace has limits of its own
     step = "user namespace"
     try:
         unshare(CLONE_NEWUSER)
@@ -62,7 +63,7 @@ def enter_namespaces() -> None:
         step = "network namespace"
         unshare(CLONE_NEWNET)
     except OSError as error:
-        raise UnavailableError(namespace_refused(step, error.errno or 0, read_sysctls())) from None
+        raise UnavailableError(namespace_refused(step, error.errno or 0, sysctls)) from None
 
 
 def furnish(setup: Setup) -> Tap:
