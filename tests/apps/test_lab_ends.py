@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from vfio_vmbus.apps.lab import Lab, NamespaceSpec, probe
-from vfio_vmbus.errors import LocalError, UnavailableError, UsageError
+from vfio_vmbus.apps.lab import lab as lab_module
+from vfio_vmbus.errors import LocalError, UnavailableError, UsageError, WaitTimeout
 
 HOLDER = """
 import os, sys, time
@@ -179,6 +180,19 @@ def test_the_death_of_a_worker_is_told_and_leaves_the_other() -> None:
         with pytest.raises(LocalError, match="namespace left: its worker ended"):
             left.ping(right.address)
         assert right.ping(right.address, count=1).received == 1
+
+
+def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_module, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(lab_module, "EXIT_SECONDS", 0.1)
+    before = fds()
+    with Lab(NamespaceSpec("only", "10.77.0.1/24")) as lab:
+        (only,) = lab.namespaces
+        os.kill(only.pid, signal.SIGSTOP)
+        with pytest.raises(WaitTimeout, match=r"waited 0\.2 s for Ping in namespace only"):
+            only.ping(only.address, count=1, interval=0, timeout=0.1)
+    assert not lives(only.pid)
+    assert fds() == before
 
 
 @pytest.mark.parametrize(

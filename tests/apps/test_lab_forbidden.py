@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,24 +47,26 @@ with Lab.pair() as lab:
 """
 
 
-def run(code: str, *arguments: str) -> str:
+def run_python(code: str, *arguments: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _possible() -> None:
+@pytest.fixture(scope="module")
+def run() -> Callable[..., str]:
+    """Runs Python code in a process of its own, and gives what it prints."""
     if (reason := probe()) is not None:
         pytest.skip(f"no namespaces to forbid things in: {reason}")
+    return run_python
 
 
-def test_a_user_without_any_capability_has_a_lab() -> None:
+def test_a_user_without_any_capability_has_a_lab(run: Callable[..., str]) -> None:
     assert run(AS_A_USER, PING) == "3"
 
 
 @pytest.mark.parametrize("kind", ["user", "net"])
-def test_a_limit_of_zero_namespaces(kind: str) -> None:
+def test_a_limit_of_zero_namespaces(run: Callable[..., str], kind: str) -> None:
     limit = f"max_{kind}_namespaces"
     code = f"become(0)\npathlib.Path('/proc/sys/user/{limit}').write_text('0')"
     what = {"user": "user", "net": "network"}[kind]
@@ -73,7 +76,7 @@ def test_a_limit_of_zero_namespaces(kind: str) -> None:
     )
 
 
-def test_a_chroot_where_user_namespaces_are_not_permitted(tmp_path: Path) -> None:
+def test_a_chroot_where_user_namespaces_are_not_permitted(run: Callable[..., str], tmp_path: Path) -> None:
     code = f"""
 become(0)
 unshare(NEWNS)
@@ -86,14 +89,14 @@ os.chdir("/")
     )
 
 
-def test_a_machine_without_tun() -> None:
+def test_a_machine_without_tun(run: Callable[..., str]) -> None:
     code = "become(0)\nunshare(NEWNS)\nmount('none', '/dev/net', 'tmpfs')"
     assert run(PRELUDE + code + PROBE) == (
         "/dev/net/tun does not exist; as root: modprobe tun (for a container: --device /dev/net/tun)"
     )
 
 
-def test_something_else_in_the_place_of_tun() -> None:
+def test_something_else_in_the_place_of_tun(run: Callable[..., str]) -> None:
     code = """
 become(0)
 unshare(NEWNS)
@@ -104,7 +107,7 @@ open("/dev/net/tun", "w").close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_tun_that_others_may_not_open() -> None:
+def test_a_tun_that_others_may_not_open(run: Callable[..., str]) -> None:
     code = """
 unshare(NEWNS)
 mount("none", "/", "none", 0x44000)  # MS_REC | MS_PRIVATE
@@ -122,7 +125,7 @@ print(probe())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make device nodes")
-def test_a_tun_without_its_driver() -> None:
+def test_a_tun_without_its_driver(run: Callable[..., str]) -> None:
     code = """
 unshare(NEWNS)
 mount("none", "/", "none", 0x44000)  # MS_REC | MS_PRIVATE
@@ -132,7 +135,7 @@ os.mknod("/dev/net/tun", 0o20666, os.makedev(10, 254))  # a misc device that nob
     assert run(PRELUDE + code + PROBE) == "/dev/net/tun has no driver behind it; as root: modprobe tun"
 
 
-def test_system_calls_that_kill() -> None:
+def test_system_calls_that_kill(run: Callable[..., str]) -> None:
     """A sandbox that answers unshare(2) with SIGSYS ends the worker, and that is a reason as well."""
     number = {"x86_64": 272, "aarch64": 97}.get(os.uname().machine)
     if number is None:

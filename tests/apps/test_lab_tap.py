@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -37,19 +38,21 @@ os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
 
 
-def run(code: str, *arguments: str) -> list[str]:
+def run_python(code: str, *arguments: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", PRELUDE + code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _possible() -> None:
+@pytest.fixture(scope="module")
+def run() -> Callable[..., list[str]]:
+    """Runs Python code in a network namespace of its own, and gives the lines that it prints."""
     if (reason := probe()) is not None:
         pytest.skip(f"no namespace to make a TAP in: {reason}")
+    return run_python
 
 
-def test_a_tap_is_created_and_goes_with_its_fd() -> None:
+def test_a_tap_is_created_and_goes_with_its_fd(run: Callable[..., list[str]]) -> None:
     code = """
 with open_tap("vmtap0", mac=bytes.fromhex("02aabbccddee"), mtu=9000) as tap:
     print(names(), tap.name, tap.mac.hex(), tap.mtu, tap.fileno() == tap.fd, os.get_blocking(tap.fd))
@@ -64,7 +67,7 @@ tap.close()
     ]
 
 
-def test_mac_and_mtu_are_those_that_the_kernel_has() -> None:
+def test_mac_and_mtu_are_those_that_the_kernel_has(run: Callable[..., list[str]]) -> None:
     code = """
 from pyroute2 import IPRoute
 with IPRoute() as route:
@@ -76,7 +79,7 @@ with IPRoute() as route:
     assert run(code) == ["1500 True True", "1400 True True"]
 
 
-def test_a_tap_in_an_event_loop() -> None:
+def test_a_tap_in_an_event_loop(run: Callable[..., list[str]]) -> None:
     code = """
 async def main():
     with open_tap("vmtap0", mtu=1400) as tap:
@@ -86,7 +89,7 @@ asyncio.run(main())
     assert run(code) == ["1400"]
 
 
-def test_a_persistent_tap_is_opened_and_stays() -> None:
+def test_a_persistent_tap_is_opened_and_stays(run: Callable[..., list[str]]) -> None:
     code = """
 persistent("vmtap0", 0)
 with open_tap("vmtap0", mtu=1400) as tap:
@@ -104,7 +107,7 @@ with open_tap("vmtap0") as tap:
     ]
 
 
-def test_names_of_other_interfaces() -> None:
+def test_names_of_other_interfaces(run: Callable[..., list[str]]) -> None:
     code = """
 persistent("tun0", 0, 0x1001)
 for name in ("lo", "tun0"):
@@ -114,7 +117,7 @@ for name in ("lo", "tun0"):
         assert line == f"interface {name} is there, but no single-queue TAP; take another name"
 
 
-def test_without_rights_only_a_tap_of_ones_own_is_had() -> None:
+def test_without_rights_only_a_tap_of_ones_own_is_had(run: Callable[..., list[str]]) -> None:
     inner = (
         PRELUDE.replace("enter_namespaces()\n", "")
         + """

@@ -19,7 +19,9 @@ from vfio_vmbus.errors import UnavailableError
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-QUEUE_FRAMES = 2000
+QUEUE_FRAMES = (
+    2000  # that wait in the TAP for its reader; with the default of 500 one fast TCP stream loses some
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
