@@ -62,9 +62,7 @@ def ended(pids: list[int]) -> bool:
 def holder() -> Iterator[subprocess.Popen[str]]:
     """A process that has a lab, waits for its standard input to end, and prints its workers' ids."""
     code = HOLDER.format(then="sys.stdin.read()")
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
 

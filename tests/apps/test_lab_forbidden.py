@@ -71,8 +71,7 @@ def test_a_limit_of_zero_namespaces(run: Callable[..., str], kind: str) -> None:
     code = f"become(0)\npathlib.Path('/proc/sys/user/{limit}').write_text('0')"
     what = {"user": "user", "net": "network"}[kind]
     assert run(PRELUDE + code + PROBE) == (
-        f"the {what} namespace is refused: the limit user.{limit} (0 here) is reached; "
-        f"as root: sysctl user.{limit}=10000"
+        f"the {what} namespace is refused: the limit user.{limit} (0 here) is reached; as root: sysctl user.{limit}=10000"
     )
 
 

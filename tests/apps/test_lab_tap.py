@@ -129,24 +129,17 @@ print(open_tap("vmtap0", mtu=1500).mtu)
 """
     )
     first, *rest = run(PERSIST + "persistent('vmtap0', 0)" + WITHOUT_RIGHTS, inner)
-    assert first == (
-        "TAP vmtap1 cannot be had without CAP_NET_ADMIN; "
-        "as root, once: ip tuntap add dev vmtap1 mode tap user 0"
-    )
+    assert first == ("TAP vmtap1 cannot be had without CAP_NET_ADMIN; as root, once: ip tuntap add dev vmtap1 mode tap user 0")
     assert rest == ["1500", "TAP vmtap0: another MTU is refused: Operation not permitted", "1500"]
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "a b", "a:b", "a\0b", "tap%d", "x" * 16, "\N{SNOWMAN}" * 6]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a:b", "a\0b", "tap%d", "x" * 16, "\N{SNOWMAN}" * 6])
 def test_names_that_no_interface_can_have(name: str) -> None:
     with pytest.raises(UsageError, match="1 to 15 bytes"):
         open_tap(name)
 
 
-@pytest.mark.parametrize(
-    ("mac", "mtu"), [(b"", None), (bytes(6), None), (b"\xff" * 6, None), (None, 67), (None, 65522)]
-)
+@pytest.mark.parametrize(("mac", "mtu"), [(b"", None), (bytes(6), None), (b"\xff" * 6, None), (None, 67), (None, 65522)])
 def test_macs_and_mtus_that_no_tap_can_have(mac: bytes | None, mtu: int | None) -> None:
     with pytest.raises(UsageError):
         open_tap("vmtap0", mac=mac, mtu=mtu)

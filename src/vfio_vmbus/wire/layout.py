@@ -192,9 +192,7 @@ class Tail:
         if count > self.limit:
             raise ProtocolError(f"{owner}: {self.count or 'tail'} is {count} elements, limit {self.limit}")
         if count > fits:
-            raise ProtocolError(
-                f"{owner}: {self.count} is {count}, need {count * self.element.size} bytes, have {room}"
-            )
+            raise ProtocolError(f"{owner}: {self.count} is {count}, need {count * self.element.size} bytes, have {room}")
         return count
 
 

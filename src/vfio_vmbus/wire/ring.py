@@ -124,9 +124,7 @@ class TransferPagesHeader(Struct):
     sender_owns_set: U8 = 0
     reserved: U8 = 0
     range_count: U32 = 0
-    ranges: Annotated[
-        tuple[TransferRange, ...], Tail(TransferRange, count="range_count", limit=MAX_TRANSFER_RANGES)
-    ] = ()
+    ranges: Annotated[tuple[TransferRange, ...], Tail(TransferRange, count="range_count", limit=MAX_TRANSFER_RANGES)] = ()
 
 
 def padded(size: int) -> int:
@@ -171,9 +169,7 @@ class Packet:
             head = GpaDirectHeader(range_count=len(self.pages)).pack()[PacketHeader.SIZE :]
             return head + b"".join(word.to_bytes(8, "little") for word in words)
         if self.packet_type == PACKET_XFER_PAGES:
-            whole = TransferPagesHeader(
-                pageset_id=self.pageset_id, range_count=len(self.ranges), ranges=self.ranges
-            )
+            whole = TransferPagesHeader(pageset_id=self.pageset_id, range_count=len(self.ranges), ranges=self.ranges)
             return whole.pack()[PacketHeader.SIZE :]
         return b""
 

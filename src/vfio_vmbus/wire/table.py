@@ -68,9 +68,7 @@ class Table(Generic[MessageT]):
             if kind.SENDER.sends_as(sender):
                 break
         else:
-            raise ProtocolError(
-                f"{same[0].__name__} from the {sender.value}, only the {same[0].SENDER.value} sends it"
-            )
+            raise ProtocolError(f"{same[0].__name__} from the {sender.value}, only the {same[0].SENDER.value} sends it")
         if version is not None and version < kind.SINCE:
             need, have = self._version_text(kind.SINCE), self._version_text(version)
             raise ProtocolError(f"{kind.__name__} needs {self.protocol} {need}, negotiated {have}")

@@ -43,9 +43,7 @@ class NamespaceSpec:
         try:
             interface = ipaddress.IPv4Interface(self.address)
         except ValueError:
-            raise UsageError(
-                f"address {self.address!r}: IPv4 with a prefix length, for example 10.77.0.1/24"
-            ) from None
+            raise UsageError(f"address {self.address!r}: IPv4 with a prefix length, for example 10.77.0.1/24") from None
         if not self.mac:
             object.__setattr__(self, "mac", b"\x02\x00" + interface.ip.packed)
         check_mac(self.mac)
@@ -95,9 +93,7 @@ class Lab:
         self.namespaces = ()
         self._stack.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -175,9 +171,7 @@ class Namespace:
         """Where another namespace finds what this one serves."""
         return f"http://{self.address}:{body.port}/"
 
-    def http_get(
-        self, url: str, *, timeout: float = 60.0, progress: Callable[[int, int], None] | None = None
-    ) -> Download:
+    def http_get(self, url: str, *, timeout: float = 60.0, progress: Callable[[int, int], None] | None = None) -> Download:
         """Downloads; progress(bytes so far, bytes in all) is called in this thread."""
         _check("timeout", timeout, 0.001, 3600)
         return self._call(messages.HttpGet(url, timeout), Download, timeout, progress=progress)
@@ -263,9 +257,7 @@ class Namespace:
             status = "none yet"
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip().splitlines()
-        return LocalError(
-            f"namespace {self.name}: its worker ended (status {status}): {said[-1] if said else 'no word'}"
-        )
+        return LocalError(f"namespace {self.name}: its worker ended (status {status}): {said[-1] if said else 'no word'}")
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"namespace {self.name}: the lab is closed")
@@ -282,9 +274,7 @@ class Namespace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
 

@@ -19,9 +19,7 @@ from vfio_vmbus.errors import UnavailableError
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-QUEUE_FRAMES = (
-    2000  # that wait in the TAP for its reader; with the default of 500 one fast TCP stream loses some
-)
+QUEUE_FRAMES = 2000  # that wait in the TAP for its reader; with the default of 500 one fast TCP stream loses some
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -94,9 +92,7 @@ def furnish(setup: Setup) -> Tap:
     except NetlinkError as error:
         tap.close()
         number = error.code if error.code > 0 else errno.EIO
-        raise UnavailableError(
-            namespace_refused("set-up of the network namespace", number, read_sysctls())
-        ) from None
+        raise UnavailableError(namespace_refused("set-up of the network namespace", number, read_sysctls())) from None
     return tap
 
 

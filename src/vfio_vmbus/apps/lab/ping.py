@@ -49,9 +49,7 @@ class Exchange:
         kind, code, _, identifier, sequence = HEADER.unpack_from(packet, start)
         if (kind, code, identifier) != (ECHO_REPLY, 0, self.identifier):
             return
-        if packet[start + HEADER.size :][:COOKIE] != self.cookie or packet[12:16] != socket.inet_aton(
-            self.dest
-        ):
+        if packet[start + HEADER.size :][:COOKIE] != self.cookie or packet[12:16] != socket.inet_aton(self.dest):
             return
         if sequence not in self.sent_at or sequence in self.rtt_ms:
             return

@@ -69,10 +69,7 @@ def namespace_refused(what: str, number: int, sysctls: Mapping[str, int]) -> str
 
 def _forbidden_by(sysctls: Mapping[str, int]) -> str:
     if sysctls.get("kernel.unprivileged_userns_clone") == 0:
-        return (
-            "kernel.unprivileged_userns_clone is 0; as root: sysctl kernel.unprivileged_userns_clone=1, "
-            "or run this as root"
-        )
+        return "kernel.unprivileged_userns_clone is 0; as root: sysctl kernel.unprivileged_userns_clone=1, or run this as root"
     if sysctls.get("kernel.apparmor_restrict_unprivileged_userns", 0) != 0:
         return (
             "AppArmor restricts unprivileged user namespaces; "

@@ -50,9 +50,7 @@ class Relay:
             thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.eventfd_write(self._stop, 1)
         for thread in self._threads:
             thread.join()

@@ -57,9 +57,7 @@ class Tap:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -138,17 +136,13 @@ def check_name(name: str) -> None:
     """Raises UsageError for what the kernel would not take as the name of an interface."""
     size = len(name.encode())
     if not 1 <= size <= 15 or name in (".", "..") or any(c in "/:%\0" or c.isspace() for c in name):
-        raise UsageError(
-            f"interface name {name!r}: 1 to 15 bytes, no space, '/', ':' or '%'; for example tap0"
-        )
+        raise UsageError(f"interface name {name!r}: 1 to 15 bytes, no space, '/', ':' or '%'; for example tap0")
 
 
 def check_mac(mac: bytes) -> None:
     """Raises UsageError unless mac is the 6 bytes of a station's address."""
     if len(mac) != 6 or mac[0] & 1 or not any(mac):
-        raise UsageError(
-            f"MAC {mac.hex(':')!r}: 6 bytes, not a group's, not zero; for example 02:00:00:00:00:01"
-        )
+        raise UsageError(f"MAC {mac.hex(':')!r}: 6 bytes, not a group's, not zero; for example 02:00:00:00:00:01")
 
 
 def check_mtu(mtu: int) -> None:

@@ -1,0 +1,103 @@
+"""`@kernel(signature)`: a data-plane function, compiled by Numba with explicit types, without the GIL, cached on disk.
+
+All values in kernels are int64: addresses, offsets, lengths, file descriptors. Kernels get addresses, never arrays
+(an array argument costs atomic reference counts). With NUMBA_DISABLE_JIT=1 a kernel is the plain Python function, and every
+access it makes is checked against the memory that is registered (see `access`).
+
+The cache lives in one folder per state of this package's sources: Numba by itself does not notice that a constant or a callee in
+another file has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERPRETED = bool(numba.config.DISABLE_JIT)
+"""True where kernels run as plain Python (NUMBA_DISABLE_JIT=1)."""
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@cache
+def _fingerprint() -> str:
+    """A name for this state of the sources, of Numba and of Python."""
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        status = path.stat()
+        digest.update(f"{path.relative_to(_PACKAGE)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The folder of compiled kernels (XDG_CACHE_HOME or ~/.cache), or None, with a warning, where it cannot be written."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
+    folder = root / f"kernels-{_fingerprint()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable", str(folder))
+    except OSError as error:
+        warnings.warn(
+            f"compiled kernels are not kept ({error}); every start compiles anew: set XDG_CACHE_HOME to a writable folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return folder
+
+
+class _Locator(_CacheLocator):  # type: ignore[misc]
+    """Tells Numba where the cache is, and that its folder's name already stands for the sources' state."""
+
+    def __init__(self, py_file: str) -> None:
+        self._py_file = py_file
+
+    def get_cache_path(self) -> str:
+        return str(cache_folder())
+
+    def get_source_stamp(self) -> str:
+        return _fingerprint()
+
+    def get_disambiguator(self) -> str:
+        return hashlib.sha256(self._py_file.encode()).hexdigest()[:10]
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator:
+        return cls(py_file)
+
+
+class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_Locator]
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _CacheImpl
+
+
+def kernel(signature: str) -> Callable[[F], F]:
+    """Compile a function for `signature` (for example "i8(i8, i8)": all int64), at import, from the cache where it can be."""
+
+    def decorate(function: F) -> F:
+        if INTERPRETED:
+            return function
+        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+        if cache_folder() is not None:
+            dispatcher._cache = _Cache(function)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate

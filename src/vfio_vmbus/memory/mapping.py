@@ -1,0 +1,142 @@
+"""Address space made of pieces of files: mapped side by side, between guard pages, and optionally wrapped.
+
+A ring's data area is mapped twice in a row ("wrapped"), so that a packet which runs past the end of the ring is
+contiguous in memory; Linux (drivers/hv/ring_buffer.c) and Hyper-V do the same. A GPADL is mapped from the files behind
+its pages into one range.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import ClosedError, UsageError
+from .registry import register, unregister
+
+PAGE = 4096
+"""Bytes of a VMBus page, whatever the CPU's page size."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_POPULATE = 0x8000
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`size` bytes at `offset` of the file `fd`."""
+
+    fd: int
+    offset: int
+    size: int
+    writable: bool = True
+
+
+def _mmap(address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    result: int = _libc.mmap(address, size, protection, flags, fd, offset)
+    if result == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {size} bytes at file offset {offset}: {os.strerror(code)}")
+    return result
+
+
+def merge(pieces: Iterable[Piece]) -> list[Piece]:
+    """Join neighbours that are neighbours in their file, too."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last and (last.fd, last.writable) == (piece.fd, piece.writable) and last.offset + last.size == piece.offset:
+            merged[-1] = Piece(last.fd, last.offset, last.size + piece.size, last.writable)
+        else:
+            merged.append(piece)
+    return merged
+
+
+def window(pieces: Sequence[Piece], start: int, size: int) -> list[Piece]:
+    """What of the pieces, laid side by side, is bytes [start, start + size). Raises UsageError outside of them."""
+    total = sum(piece.size for piece in pieces)
+    if start < 0 or size < 0 or start + size > total:
+        raise UsageError(f"{size} bytes at {start} are outside pieces of {total} bytes together")
+    cut = []
+    at = 0
+    for piece in pieces:
+        first, last = max(start - at, 0), min(start + size - at, piece.size)
+        if first < last:
+            cut.append(Piece(piece.fd, piece.offset + first, last - first, piece.writable))
+        at += piece.size
+    return cut
+
+
+class Mapping:
+    """A contiguous range of this process's memory over pieces of files.
+
+    address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
+    on, once more, behind itself: `address + size + n` is `address + wrap_from + n`.
+    Raises OSError where the kernel refuses, UsageError for a wrap_from outside the pieces.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None) -> None:
+        self.size = sum(piece.size for piece in pieces)
+        self.wrap_from = wrap_from
+        again = [] if wrap_from is None else window(pieces, wrap_from, self.size - wrap_from)
+        self.span = self.size + sum(piece.size for piece in again)
+        self._reserved = self.span + 2 * mmap.PAGESIZE
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
+        self.address = self._base + mmap.PAGESIZE
+        try:
+            at = self.address
+            for piece in merge([*pieces, *again]):
+                protection = mmap.PROT_READ | (mmap.PROT_WRITE if piece.writable else 0)
+                flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
+                _mmap(at, piece.size, protection, flags, piece.fd, piece.offset)
+                at += piece.size
+        except OSError:
+            _libc.munmap(self._base, self._reserved)
+            raise
+        register(self.address, self.span)
+        self.closed = False
+
+    def _place(self, offset: int, size: int) -> int:
+        if self.closed:
+            raise ClosedError("this memory is unmapped already")
+        if offset < 0 or size < 0 or offset + size > self.span:
+            raise UsageError(f"{size} bytes at offset {offset} are outside a mapping of {self.span} bytes")
+        return self.address + offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A copy of `size` bytes at `offset`, the repeated part included. Raises UsageError outside, ClosedError unmapped."""
+        return ctypes.string_at(self._place(offset, size), size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store bytes at `offset`. Errors as for `read`."""
+        ctypes.memmove(self._place(offset, len(data)), data, len(data))
+
+    def close(self) -> None:
+        """Unmap. Whoever runs kernels over this memory stops them first."""
+        if not self.closed:
+            self.closed = True
+            unregister(self.address)
+            _libc.munmap(self._base, self._reserved)
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,70 @@
+"""Sealed shared memory: a memfd that can be handed to another process and cannot be shrunk under whoever maps it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+
+from ..errors import DmaError, UsageError
+from .mapping import PAGE, Mapping, Piece
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SharedMemory:
+    """`size` bytes, a multiple of 4096, behind the descriptor `fd`, sealed against shrinking and growing."""
+
+    def __init__(self, size: int, name: str = "vfio-vmbus") -> None:
+        if size <= 0 or size % PAGE:
+            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {PAGE}")
+        self.size = size
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def map(self, offset: int = 0, size: int | None = None, *, wrap_from: int | None = None) -> Mapping:
+        """Map [offset, offset + size), the rest of the memory by default. Raises UsageError outside of it."""
+        size = self.size - offset if size is None else size
+        if offset < 0 or size <= 0 or offset + size > self.size:
+            raise UsageError(f"{size} bytes at {offset} are outside {self.size} bytes of shared memory")
+        return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from)
+
+    def close(self) -> None:
+        """Close the descriptor; mappings stay until they are closed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> SharedMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def require_sealed(fd: int) -> int:
+    """The size in bytes of a memfd that is sealed against shrinking; DmaError for any other descriptor.
+
+    Memory that can be truncated while it is mapped kills whoever touches it (SIGBUS), so nothing else is ever mapped.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise DmaError(f"descriptor {fd} is not a memfd ({error.strerror}): only sealed memfds are mapped") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise DmaError(f"descriptor {fd} is a memfd without F_SEAL_SHRINK: seal it against shrinking first")
+    return os.fstat(fd).st_size
+
+
+def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None) -> Mapping:
+    """Map pieces of sealed memory into one contiguous range. Raises DmaError for memory that is not sealed or too short."""
+    sizes = {fd: require_sealed(fd) for fd in {piece.fd for piece in pieces}}
+    for piece in pieces:
+        if piece.offset < 0 or piece.offset + piece.size > sizes[piece.fd]:
+            raise DmaError(f"{piece.size} bytes at {piece.offset} are outside memory of {sizes[piece.fd]} bytes")
+    return Mapping(pieces, wrap_from=wrap_from)

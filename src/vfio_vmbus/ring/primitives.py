@@ -1,0 +1,226 @@
+"""The steps of a ring that data-plane kernels are made of. Order of accesses as in Linux drivers/hv/ring_buffer.c.
+
+Outgoing: `out_begin` gives the address for a packet of a total size (footer included) or 0 when the ring is full; after
+writing it, `out_end`; after the last one of a burst, `out_publish` (one store, one barrier, at most one signal).
+Incoming: while `in_ready`, `in_header` gives the checked header (or -1: the other side broke a rule, `ring.broken` says
+which), `in_skip` steps over the packet; after a burst, `in_commit`.
+
+The data area is mapped twice in a row, so a packet is contiguous wherever it starts. A broken ring stays broken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..memory.access import (
+    fence,
+    inline,
+    load32,
+    load32_acquire,
+    load64,
+    store32,
+    store32_release,
+    store64,
+    viewer,
+)
+from ..memory.libc import eventfd_signal
+from ..wire import ring as layout
+from .state import BAD_INDEX, BAD_LENGTH, BAD_OFFSET, RING
+
+# Plain numbers for kernels: bytes into the control page.
+WRITE_INDEX = layout.RING_WRITE_INDEX
+READ_INDEX = layout.RING_READ_INDEX
+INTERRUPT_MASK = layout.RING_INTERRUPT_MASK
+PENDING_SEND_SZ = layout.RING_PENDING_SEND_SIZE
+FEATURE_BITS = layout.RING_FEATURES
+FEAT_PENDING_SEND_SZ = layout.FEATURE_PENDING_SEND_SIZE
+FOOTER = layout.FOOTER_SIZE
+"""Bytes behind each packet: its own start index in the upper half, 0 in the lower."""
+
+ring_at = viewer(RING)
+
+
+@inline
+def broken(ring: Any, rule: int, value: int, limit: int) -> None:
+    """Note the first rule that the other side broke, and let nothing more through."""
+    if ring.broken == 0:
+        ring.broken = rule
+        ring.bad_value = value
+        ring.bad_limit = limit
+    ring.room = 0
+
+
+@inline
+def signal(ring: Any) -> None:
+    """Ring the other side's doorbell."""
+    ring.signals += 1
+    if ring.doorbell >= 0:
+        eventfd_signal(ring.doorbell, ring.scratch)
+
+
+@inline
+def out_look(ring: Any) -> int:
+    """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller."""
+    read = load32_acquire(ring.control + READ_INDEX)
+    if read >= ring.size or read & 7 != 0:
+        broken(ring, BAD_INDEX, read, ring.size)
+        return 0
+    free = read - ring.index
+    if free <= 0:
+        free += ring.size
+    ring.room = free
+    return free
+
+
+@inline
+def out_begin(ring: Any, total: int) -> int:
+    """Where to write a packet of `total` bytes, a multiple of 8 that counts header and footer; 0 when there is no room."""
+    if ring.room <= total and (ring.broken != 0 or out_look(ring) <= total):
+        ring.full += 1
+        return 0
+    return ring.data + ring.index
+
+
+@inline
+def out_end(ring: Any, total: int) -> None:
+    """The packet begun last is written: add its footer and step over it. Invisible to the other side until `out_publish`."""
+    index = ring.index
+    store64(ring.data + index + total - FOOTER, index << 32)
+    index += total
+    if index >= ring.size:
+        index -= ring.size
+    ring.index = index
+    ring.room -= total
+    ring.packets += 1
+    ring.bytes += total
+
+
+@inline
+def out_publish(ring: Any) -> int:
+    """Show all packets written to the other side; signal it if the ring was empty and it wants to know. 1 if signalled."""
+    before = ring.shown
+    if ring.index == before:
+        return 0
+    ring.shown = ring.index
+    store32_release(ring.control + WRITE_INDEX, ring.index)
+    fence()
+    if load32(ring.control + INTERRUPT_MASK) != 0 or load32_acquire(ring.control + READ_INDEX) != before:
+        return 0
+    signal(ring)
+    return 1
+
+
+@inline
+def out_want(ring: Any, size: int) -> None:
+    """Ask the reader for a signal once more than `size` bytes are free (0: no more)."""
+    store32(ring.control + PENDING_SEND_SZ, size)
+    fence()
+
+
+@inline
+def in_look(ring: Any) -> int:
+    """Bytes readable, after a look at the writer's index; 0 when the ring is broken."""
+    write = load32_acquire(ring.control + WRITE_INDEX)
+    if write >= ring.size or write & 7 != 0:
+        broken(ring, BAD_INDEX, write, ring.size)
+        return 0
+    ready = write - ring.index
+    if ready < 0:
+        ready += ring.size
+    ring.room = ready
+    return ready
+
+
+@inline
+def in_ready(ring: Any) -> bool:
+    """Is there a packet to read?"""
+    return ring.room > 0 or (ring.broken == 0 and in_look(ring) > 0)
+
+
+@inline
+def packet_type(header: int) -> int:
+    """Type of a packet, from the first 64 bits of its descriptor."""
+    return header & 0xFFFF
+
+
+@inline
+def packet_offset(header: int) -> int:
+    """Bytes from a packet's start to its data."""
+    return ((header >> 16) & 0xFFFF) * 8
+
+
+@inline
+def packet_length(header: int) -> int:
+    """Bytes of a packet with its descriptor, without the footer."""
+    return ((header >> 32) & 0xFFFF) * 8
+
+
+@inline
+def packet_flags(header: int) -> int:
+    """Flags of a packet; bit 0 asks for a completion."""
+    return (header >> 48) & 0x7FFF
+
+
+@inline
+def in_header(ring: Any) -> int:
+    """The next packet's first 64 bits, read once and checked: 16 <= offset <= length, length + 8 <= readable. -1 if not so."""
+    header = load64(ring.data + ring.index) & 0x7FFFFFFFFFFFFFFF
+    length = packet_length(header)
+    if length < 16 or length + FOOTER > ring.room:
+        broken(ring, BAD_LENGTH, length, ring.room - FOOTER)
+        return -1
+    if packet_offset(header) < 16 or packet_offset(header) > length:
+        broken(ring, BAD_OFFSET, packet_offset(header), length)
+        return -1
+    return header
+
+
+@inline
+def in_skip(ring: Any, header: int) -> None:
+    """Step over the packet with this checked header. Its place stays the reader's until `in_commit`."""
+    total = packet_length(header) + FOOTER
+    index = ring.index + total
+    if index >= ring.size:
+        index -= ring.size
+    ring.index = index
+    ring.room -= total
+    ring.packets += 1
+    ring.bytes += total
+
+
+@inline
+def in_commit(ring: Any) -> int:
+    """Give the space of all packets read back; signal a writer that waits for more room than it had. 1 if signalled.
+
+    The rule is the kernel's (hv_pkt_iter_close): only on the way from "not more than pending_send_sz free" to "more".
+    """
+    before = ring.shown
+    if ring.index == before:
+        return 0
+    ring.shown = ring.index
+    store32_release(ring.control + READ_INDEX, ring.index)
+    fence()
+    pending = load32(ring.control + PENDING_SEND_SZ)
+    if pending == 0 or load32(ring.control + FEATURE_BITS) & FEAT_PENDING_SEND_SZ == 0:
+        return 0
+    write = load32_acquire(ring.control + WRITE_INDEX)
+    if write >= ring.size or write & 7 != 0:
+        broken(ring, BAD_INDEX, write, ring.size)
+        return 0
+    free = ring.index - write
+    if free <= 0:
+        free += ring.size
+    freed = ring.index - before
+    if freed < 0:
+        freed += ring.size
+    if free <= pending or free - freed > pending:
+        return 0
+    signal(ring)
+    return 1
+
+
+@inline
+def in_mask(ring: Any, masked: int) -> None:
+    """Tell the writer whether it may signal (0) or need not (1); after unmasking, look once more before sleeping."""
+    store32(ring.control + INTERRUPT_MASK, masked)
+    fence()
