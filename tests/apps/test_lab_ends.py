@@ -23,7 +23,7 @@ with Lab.pair() as lab:
     print(*[namespace.pid for namespace in lab.namespaces], flush=True)
     {then}
 """
-FORK = "print(os.fork(), flush=True)"  # the child keeps copies of all sockets open
+FORK = "child = os.fork(); child and print(child, flush=True)"  # it keeps copies of all sockets open
 
 
 @pytest.fixture(scope="module", autouse=True)
