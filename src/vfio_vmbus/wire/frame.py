@@ -18,7 +18,7 @@ PPI_CHECKSUM = 0  # TxChecksum from the guest, RxChecksum from the host
 PPI_IPSEC = 1
 PPI_LARGE_SEND = 2  # LargeSend
 PPI_VLAN = 6  # Vlan
-PPI_HASH = 9  # u32
+PPI_HASH = 8  # u32
 PPI_INTERNAL_PACKET_ID = 1  # PacketId, with the internal bit
 
 

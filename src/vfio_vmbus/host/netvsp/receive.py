@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
-from ...memory.access import copy, inline, load64, store64
+from ...memory.access import copy, inline, load64, store64, viewer
+from ...memory.kernel import kernel
 from ...ring.primitives import out_begin, out_end
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at
+from .state import NIC
+
+nic_at = viewer(NIC)
 
 MAX_RANGES = 64
 """Frames announced in one packet."""
@@ -125,3 +129,9 @@ def give_back(nic: Any, transaction: int) -> None:
         store64(nic.free + nic.free_count * 8, section)
         nic.free_count += 1
         section = load64(nic.chain + section * 8)
+
+
+@kernel("void(i8, i8)")
+def give_back_one(address: int, transaction: int) -> None:
+    """`give_back` for the control plane."""
+    give_back(nic_at(address), transaction)
