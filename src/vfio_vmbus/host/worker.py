@@ -162,6 +162,10 @@ class Worker:
         self.control["attention"] = 1
         os.eventfd_write(self._wake, 1)
 
+    def wake(self) -> None:
+        """End the kernel's sleep: there is work that no watched descriptor tells of."""
+        os.eventfd_write(self._wake, 1)
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure

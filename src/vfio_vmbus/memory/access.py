@@ -199,17 +199,36 @@ def copy(target: int, source: int, size: int) -> None:
             store8(target + at, load8(source + at))
 
 
+def _structure(dtype: np.dtype[Any]) -> Any:
+    """The ctypes type of a dtype of int64 fields: its fields are Python integers, which neither wrap around nor warn."""
+    if dtype.subdtype is not None:
+        element, shape = dtype.subdtype
+        kind = _structure(element)
+        for length in reversed(shape):
+            kind = kind * length
+        return kind
+    if dtype.fields is None:
+        if dtype != np.int64:
+            raise TypeError(f"a record that kernels share has a field of {dtype}: make it int64")
+        return ctypes.c_int64
+    names = dtype.names or ()
+    kind = type("Record", (ctypes.Structure,), {"_fields_": [(name, _structure(dtype[name])) for name in names]})
+    if ctypes.sizeof(kind) != dtype.itemsize:
+        raise TypeError(f"a record that kernels share has gaps: {dtype}")
+    return kind
+
+
 def viewer(dtype: np.dtype[Any]) -> Any:
     """A function from an address to the record there, for private state: fields read and written by name, plain accesses.
 
-    Every field must be int64 (or an array of it). For memory that the other side can write use the loads above, once.
+    Every field must be int64, an array or a record of it; TypeError if not. For memory that the other side can write use the
+    loads above, once.
     """
-    aligned = np.dtype((np.record, dtype))
+    structure = _structure(dtype)
 
     def plain(address: int) -> Any:
-        check(address, aligned.itemsize)
-        buffer = (ctypes.c_uint8 * aligned.itemsize).from_address(int(address))
-        return np.frombuffer(memoryview(buffer), aligned)[0]
+        check(address, dtype.itemsize)
+        return structure.from_address(address)
 
     if INTERPRETED:
         return plain

@@ -1,7 +1,8 @@
 """Address space made of pieces of files: mapped side by side, between guard pages, and optionally wrapped.
 
-A ring's data area is mapped twice in a row ("wrapped"), so that a packet which runs past the end of the ring is contiguous in
-memory; Linux (drivers/hv/ring_buffer.c) and Hyper-V do the same. A GPADL is mapped from the files behind its pages into one range.
+A ring's data area is mapped twice in a row ("wrapped"), so that a packet which runs past the end of the ring is
+contiguous in memory; Linux (drivers/hv/ring_buffer.c) and Hyper-V do the same. A GPADL is mapped from the files behind
+its pages into one range.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import LocalError
+from ..errors import ClosedError, UsageError
 from .registry import register, unregister
 
 PAGE = 4096
@@ -67,19 +68,35 @@ def merge(pieces: Iterable[Piece]) -> list[Piece]:
     return merged
 
 
+def window(pieces: Sequence[Piece], start: int, size: int) -> list[Piece]:
+    """What of the pieces, laid side by side, is bytes [start, start + size). Raises UsageError outside of them."""
+    total = sum(piece.size for piece in pieces)
+    if start < 0 or size < 0 or start + size > total:
+        raise UsageError(f"{size} bytes at {start} are outside pieces of {total} bytes together")
+    cut = []
+    at = 0
+    for piece in pieces:
+        first, last = max(start - at, 0), min(start + size - at, piece.size)
+        if first < last:
+            cut.append(Piece(piece.fd, piece.offset + first, last - first, piece.writable))
+        at += piece.size
+    return cut
+
+
 class Mapping:
     """A contiguous range of this process's memory over pieces of files.
 
     address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
     on, once more, behind itself: `address + size + n` is `address + wrap_from + n`.
-    Raises OSError where the kernel refuses.
+    Raises OSError where the kernel refuses, UsageError for a wrap_from outside the pieces.
     """
 
     def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None) -> None:
         self.size = sum(piece.size for piece in pieces)
-        again = [] if wrap_from is None else _behind(pieces, wrap_from)
-        total = self.size + sum(piece.size for piece in again)
-        self._reserved = total + 2 * mmap.PAGESIZE
+        self.wrap_from = wrap_from
+        again = [] if wrap_from is None else window(pieces, wrap_from, self.size - wrap_from)
+        self.span = self.size + sum(piece.size for piece in again)
+        self._reserved = self.span + 2 * mmap.PAGESIZE
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
         self.address = self._base + mmap.PAGESIZE
@@ -93,28 +110,28 @@ class Mapping:
         except OSError:
             _libc.munmap(self._base, self._reserved)
             raise
-        register(self.address, total)
-        self._open = True
+        register(self.address, self.span)
+        self.closed = False
 
     def _place(self, offset: int, size: int) -> int:
-        if not self._open:
-            raise LocalError("this memory is unmapped already")
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise LocalError(f"{size} bytes at offset {offset} are outside a mapping of {self.size} bytes")
+        if self.closed:
+            raise ClosedError("this memory is unmapped already")
+        if offset < 0 or size < 0 or offset + size > self.span:
+            raise UsageError(f"{size} bytes at offset {offset} are outside a mapping of {self.span} bytes")
         return self.address + offset
 
     def read(self, offset: int, size: int) -> bytes:
-        """A copy of `size` bytes at `offset`. Raises LocalError outside the mapping."""
+        """A copy of `size` bytes at `offset`, the repeated part included. Raises UsageError outside, ClosedError unmapped."""
         return ctypes.string_at(self._place(offset, size), size)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Store bytes at `offset`. Raises LocalError outside the mapping."""
+        """Store bytes at `offset`. Errors as for `read`."""
         ctypes.memmove(self._place(offset, len(data)), data, len(data))
 
     def close(self) -> None:
         """Unmap. Whoever runs kernels over this memory stops them first."""
-        if self._open:
-            self._open = False
+        if not self.closed:
+            self.closed = True
             unregister(self.address)
             _libc.munmap(self._base, self._reserved)
 
@@ -123,15 +140,3 @@ class Mapping:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _behind(pieces: Sequence[Piece], start: int) -> list[Piece]:
-    """What of the pieces lies at and behind byte `start`."""
-    rest = []
-    at = 0
-    for piece in pieces:
-        skip = max(start - at, 0)
-        if skip < piece.size:
-            rest.append(Piece(piece.fd, piece.offset + skip, piece.size - skip, piece.writable))
-        at += piece.size
-    return rest

@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 
-from ..errors import DmaError, LocalError
+from ..errors import DmaError, UsageError
 from .mapping import PAGE, Mapping, Piece
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -17,7 +17,7 @@ class SharedMemory:
 
     def __init__(self, size: int, name: str = "vfio-vmbus") -> None:
         if size <= 0 or size % PAGE:
-            raise LocalError(f"shared memory of {size} bytes: take a positive multiple of {PAGE}")
+            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {PAGE}")
         self.size = size
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -28,10 +28,10 @@ class SharedMemory:
             raise
 
     def map(self, offset: int = 0, size: int | None = None, *, wrap_from: int | None = None) -> Mapping:
-        """Map [offset, offset + size), the rest of the memory by default. Raises LocalError outside of it."""
+        """Map [offset, offset + size), the rest of the memory by default. Raises UsageError outside of it."""
         size = self.size - offset if size is None else size
         if offset < 0 or size <= 0 or offset + size > self.size:
-            raise LocalError(f"{size} bytes at {offset} are outside {self.size} bytes of shared memory")
+            raise UsageError(f"{size} bytes at {offset} are outside {self.size} bytes of shared memory")
         return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from)
 
     def close(self) -> None:

@@ -24,26 +24,30 @@ from ..memory.access import (
     viewer,
 )
 from ..memory.libc import eventfd_signal
-from .state import BAD_INDEX, BAD_LENGTH, BAD_OFFSET, RING
+from ..wire import ring as layout
+from .state import BAD_INDEX, BAD_LENGTH, BAD_MOVE, BAD_OFFSET, RING
 
-WRITE_INDEX = 0
-READ_INDEX = 4
-INTERRUPT_MASK = 8
-PENDING_SEND_SZ = 12
-FEATURE_BITS = 64
-FEAT_PENDING_SEND_SZ = 1
-FOOTER = 8
+# Plain numbers for kernels: bytes into the control page.
+WRITE_INDEX = layout.RING_WRITE_INDEX
+READ_INDEX = layout.RING_READ_INDEX
+INTERRUPT_MASK = layout.RING_INTERRUPT_MASK
+PENDING_SEND_SZ = layout.RING_PENDING_SEND_SIZE
+FEATURE_BITS = layout.RING_FEATURES
+FEAT_PENDING_SEND_SZ = layout.FEATURE_PENDING_SEND_SIZE
+FOOTER = layout.FOOTER_SIZE
 """Bytes behind each packet: its own start index in the upper half, 0 in the lower."""
 
 ring_at = viewer(RING)
 
 
 @inline
-def broken(ring: Any, rule: int, value: int) -> None:
-    """Note the first rule that the other side broke."""
+def broken(ring: Any, rule: int, value: int, limit: int) -> None:
+    """Note the first rule that the other side broke, and let nothing more through."""
     if ring.broken == 0:
         ring.broken = rule
         ring.bad_value = value
+        ring.bad_limit = limit
+    ring.room = 0
 
 
 @inline
@@ -56,15 +60,23 @@ def signal(ring: Any) -> None:
 
 @inline
 def out_look(ring: Any) -> int:
-    """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller."""
+    """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller.
+
+    A reader only ever gives back, and never what it has not been shown.
+    """
     read = load32_acquire(ring.control + READ_INDEX)
     if read >= ring.size or read & 7 != 0:
-        broken(ring, BAD_INDEX, read)
-        ring.room = 0
+        broken(ring, BAD_INDEX, read, ring.size)
         return 0
     free = read - ring.index
     if free <= 0:
         free += ring.size
+    unseen = ring.index - ring.shown
+    if unseen < 0:
+        unseen += ring.size
+    if free < ring.room or free > ring.size - unseen:
+        broken(ring, BAD_MOVE, read, ring.size)
+        return 0
     ring.room = free
     return free
 
@@ -73,6 +85,7 @@ def out_look(ring: Any) -> int:
 def out_begin(ring: Any, total: int) -> int:
     """Where to write a packet of `total` bytes, a multiple of 8 that counts header and footer; 0 when there is no room."""
     if ring.room <= total and (ring.broken != 0 or out_look(ring) <= total):
+        ring.full += 1
         return 0
     return ring.data + ring.index
 
@@ -115,15 +128,20 @@ def out_want(ring: Any, size: int) -> None:
 
 @inline
 def in_look(ring: Any) -> int:
-    """Bytes readable, after a look at the writer's index; 0 when the ring is broken."""
+    """Bytes readable, after a look at the writer's index; 0 when the ring is broken. Only when all known ones are read."""
     write = load32_acquire(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
-        broken(ring, BAD_INDEX, write)
-        ring.room = 0
+        broken(ring, BAD_INDEX, write, ring.size)
         return 0
     ready = write - ring.index
     if ready < 0:
         ready += ring.size
+    held = ring.index - ring.shown
+    if held < 0:
+        held += ring.size
+    if ready + held >= ring.size:
+        broken(ring, BAD_MOVE, write, ring.size)
+        return 0
     ring.room = ready
     return ready
 
@@ -164,12 +182,10 @@ def in_header(ring: Any) -> int:
     header = load64(ring.data + ring.index) & 0x7FFFFFFFFFFFFFFF
     length = packet_length(header)
     if length < 16 or length + FOOTER > ring.room:
-        broken(ring, BAD_LENGTH, length)
-        ring.room = 0
+        broken(ring, BAD_LENGTH, length, ring.room - FOOTER)
         return -1
     if packet_offset(header) < 16 or packet_offset(header) > length:
-        broken(ring, BAD_OFFSET, packet_offset(header))
-        ring.room = 0
+        broken(ring, BAD_OFFSET, packet_offset(header), length)
         return -1
     return header
 
@@ -204,7 +220,7 @@ def in_commit(ring: Any) -> int:
         return 0
     write = load32_acquire(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
-        broken(ring, BAD_INDEX, write)
+        broken(ring, BAD_INDEX, write, ring.size)
         return 0
     free = ring.index - write
     if free <= 0:

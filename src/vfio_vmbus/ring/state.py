@@ -11,17 +11,17 @@ RING = np.dtype(
         ("size", "i8"),  # bytes of the data area
         ("index", "i8"),  # own index: where the next packet is written (outgoing) or read (incoming)
         ("shown", "i8"),  # own index as the other side can see it
-        (
-            "room",
-            "i8",
-        ),  # outgoing: bytes free, incoming: bytes readable, when the other side's index was last looked at
-        ("broken", "i8"),  # 0, or the first rule that the other side broke: BAD_*
-        ("bad_value", "i8"),  # the value that broke it
-        ("doorbell", "i8"),  # eventfd that signals the other side, or -1
-        ("signals", "i8"),  # how often it was signalled
+        ("room", "i8"),  # bytes free (outgoing) or readable (incoming) when the other side's index was last looked at
         ("packets", "i8"),
         ("bytes", "i8"),
-        ("scratch", "i8"),  # for system calls
+        # up to here one cache line: what every packet touches
+        ("broken", "i8"),  # 0, or the first rule that the other side broke: BAD_*
+        ("bad_value", "i8"),  # the value that broke it
+        ("bad_limit", "i8"),  # what it had to stay below, or within
+        ("doorbell", "i8"),  # eventfd that signals the other side, or -1
+        ("signals", "i8"),  # how often it was signalled
+        ("full", "i8"),  # outgoing: how often a packet found no room
+        ("scratch", "i8"),  # address of 16 bytes for system calls
     ]
 )
 """One end of one ring; all int64 so that a kernel and Python see the same numbers."""
@@ -32,9 +32,12 @@ BAD_LENGTH = 2
 """A packet's length is shorter than its header, or longer than what is readable."""
 BAD_OFFSET = 3
 """A packet's data offset is inside its header or behind its end."""
+BAD_MOVE = 4
+"""The other side's index moved backwards, or past what there was to read or free."""
 
 RULES = {
     BAD_INDEX: "index outside the data area or not a multiple of 8",
     BAD_LENGTH: "packet shorter than its header or longer than what the ring holds",
     BAD_OFFSET: "packet's data offset outside the packet",
+    BAD_MOVE: "index moved backwards or past what there was",
 }

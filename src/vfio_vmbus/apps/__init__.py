@@ -1,0 +1,1 @@
+"""What a user runs on a driver: the demo, the TAP bridge, forwarding, capture, replay, measurement."""

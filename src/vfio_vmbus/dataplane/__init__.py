@@ -1,0 +1,1 @@
+"""Kernels that both ends of a device protocol need: RNDIS packet messages, Internet checksums."""

@@ -1,0 +1,1 @@
+"""VSCs: user-mode drivers over a VMBus device's view. They know channels and shared buffers, never a host."""
