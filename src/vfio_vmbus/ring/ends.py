@@ -89,6 +89,10 @@ class _End:
             raise ClosedError(f"{self.name}: its memory is unmapped")
         return self._state.address
 
+    def lead_to(self, doorbell: int) -> None:
+        """Signal another eventfd from now on; -1: none. Kernels may be running on the ring."""
+        self._state["doorbell"] = doorbell
+
     @property
     def broken(self) -> bool:
         """Has the other side broken a rule? Then nothing passes through this end any more."""

@@ -49,9 +49,7 @@ class Exchange:
         kind, code, _, identifier, sequence = HEADER.unpack_from(packet, start)
         if (kind, code, identifier) != (ECHO_REPLY, 0, self.identifier):
             return
-        if packet[start + HEADER.size :][:COOKIE] != self.cookie or packet[12:16] != socket.inet_aton(
-            self.dest
-        ):
+        if packet[start + HEADER.size :][:COOKIE] != self.cookie or packet[12:16] != socket.inet_aton(self.dest):
             return
         if sequence not in self.sent_at or sequence in self.rtt_ms:
             return
@@ -83,7 +81,7 @@ def ping(dest: str, count: int, interval: float, timeout: float) -> PingResult:
 
 def _send(sock: socket.socket, run: Exchange, sequence: int) -> None:
     try:
-        sock.sendto(run.request(sequence), (run.dest, 0))
+        sock.sendto(run.request(sequence), socket.MSG_DONTWAIT, (run.dest, 0))
     except OSError as error:
         if error.errno in (errno.ENOBUFS, errno.EAGAIN):
             return  # a full queue has dropped it: a lost packet

@@ -1,0 +1,115 @@
+"""`Device`: a device as VFIO shows it. Regions, interrupts, DMA and reset; nothing of VMBus.
+
+Every way to a device implements this: in the same process (`inprocess`), over a socket, through the kernel. Drivers cannot tell which.
+Source: Linux include/uapi/linux/vfio.h (names and numbers of regions and interrupts of a vfio-pci device).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+
+BAR0_REGION = 0
+CONFIG_REGION = 7
+MSIX_IRQ = 2
+
+REGION_READ = 1
+REGION_WRITE = 2
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """name: for people. isolation: what keeps the driver inside its own memory ("software IOMMU", ...), "" if nothing does."""
+
+    name: str
+    regions: int
+    irqs: int
+    resettable: bool
+    isolation: str
+
+
+class Region(ABC):
+    """`size` bytes of a device's registers or memory. `flags`: REGION_READ, REGION_WRITE."""
+
+    index: int
+    size: int
+    flags: int
+
+    @abstractmethod
+    def read(self, offset: int, size: int) -> bytes:
+        """Read `size` bytes at `offset`. Raises UsageError outside the region or for an access the device does not have."""
+
+    @abstractmethod
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes at `offset`. Raises as `read`."""
+
+    @abstractmethod
+    def doorbell(self, offset: int) -> int:
+        """An eventfd that stands for a write to the 32-bit register at `offset` (ioeventfd). It stays the device's: do not close it."""
+
+    def read32(self, offset: int) -> int:
+        return int.from_bytes(self.read(offset, 4), "little")
+
+    def write32(self, offset: int, value: int) -> None:
+        self.write(offset, value.to_bytes(4, "little"))
+
+    def write64(self, offset: int, value: int) -> None:
+        self.write(offset, value.to_bytes(8, "little"))
+
+
+class Irq(ABC):
+    """`count` vectors of one kind of interrupt."""
+
+    index: int
+    count: int
+
+    @abstractmethod
+    def enable(self, vector: int, eventfd: int) -> None:
+        """Signal `eventfd` for each interrupt of `vector` from now on. Raises UsageError for a vector that is not there."""
+
+    @abstractmethod
+    def disable(self, vector: int) -> None:
+        """Signal nobody."""
+
+
+class Dma(ABC):
+    """The device's IO address space."""
+
+    @abstractmethod
+    def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:
+        """Let the device reach `size` bytes of the sealed memfd `fd` from `offset` on at `iova`. access: READ (1), WRITE (2) or both,
+        as the device sees it. Raises DmaError."""
+
+    @abstractmethod
+    def unmap(self, iova: int, size: int) -> None:
+        """Take [iova, iova + size) back; when this returns the device does not touch that memory any more. Raises DmaError."""
+
+
+class Device(ABC):
+    """A device that this process drives. Close it when done; a with statement does."""
+
+    info: DeviceInfo
+    dma: Dma
+
+    @abstractmethod
+    def region(self, index: int) -> Region:
+        """Raises UsageError for a region that is not there."""
+
+    @abstractmethod
+    def irq(self, index: int) -> Irq:
+        """Raises UsageError for a kind of interrupt that is not there."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Back to the state after power-on. DMA maps stay."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the device back: it is reset, all maps and interrupts are gone."""
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
