@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wire_strategies import all_structs
 
+from tests.wire.strategies import all_structs
 from vfio_vmbus.wire import frame, gpa, guids, ndis, nvsp, oid, ring, rndis, vmbus
 from vfio_vmbus.wire.bits import BitField
 from vfio_vmbus.wire.layout import Codec, Nested, Struct, Tail
