@@ -43,13 +43,13 @@ def _fingerprint() -> str:
 @cache
 def cache_folder() -> Path | None:
     """The folder of compiled kernels (XDG_CACHE_HOME or ~/.cache), or None, with a warning, where it cannot be written."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
-    folder = root / f"kernels-{_fingerprint()}"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
+        folder = root / f"kernels-{_fingerprint()}"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable", str(folder))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
         warnings.warn(
             f"compiled kernels are not kept ({error}); every start compiles anew: set XDG_CACHE_HOME to a writable folder",
             RuntimeWarning,
