@@ -125,7 +125,7 @@ LAYOUTS: list[tuple[type[Struct], str, str, str]] = [
     ),
     (
         ring.GpaDirectHeader,
-        "vmbus_packet_mpb_array",  # the fixed part is all of it up to the range
+        "vmbus_packet_mpb_array",  # its fixed part; vmdata_gpa_direct, which nothing uses, is in no BTF
         "-24",
         "header=- header.packet_type=type header.offset8=dataoffset8 header.length8=length8 header.flags=flags "
         "header.transaction_id=transactionid reserved=reserved range_count=rangecount",
