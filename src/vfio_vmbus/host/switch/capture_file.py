@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import dpkt
 
 from ...errors import UnavailableError, UsageError
 from ...memory.block import Block
+from ...memory.libc import EAGAIN
 from ...memory.shared import SharedMemory
 from .capture import TAPE, capture_drain
 from .state import HEADER
@@ -23,6 +25,8 @@ BATCH_SECONDS = 0.01
 """How long the thread lets bytes gather once it was woken: it costs one signal in that time, whatever the rate."""
 MAX_SNAPLEN = 262144
 """As libpcap has it."""
+GRACE_SECONDS = 2.0
+"""How long a reader that takes nothing may hold up the end."""
 _TAIL = 16
 """The tail's place in 8-byte words, two cache lines behind the head."""
 
@@ -33,6 +37,7 @@ def _create(path: Path, snaplen: int, nanoseconds: bool) -> IO[bytes]:
         with ExitStack() as resources:
             file = resources.enter_context(open(path, "wb", buffering=0))
             dpkt.pcap.Writer(file, snaplen=snaplen, linktype=dpkt.pcap.DLT_EN10MB, nano=nanoseconds)
+            os.set_blocking(file.fileno(), False)
             resources.pop_all()
             return file
     except OSError as error:
@@ -81,7 +86,13 @@ class CaptureFile:
             self._drain()
 
     def _drain(self) -> None:
-        result = capture_drain(self.state.address, self._file.fileno())
+        """Write until there is no more. A pipe whose reader is slow is waited for, but not for long once the end has come."""
+        patience = GRACE_SECONDS
+        while (result := capture_drain(self.state.address, self._file.fileno())) == -EAGAIN:
+            if not select.select([], [self._file], [], BATCH_SECONDS)[1] and self._ending.is_set():
+                patience -= BATCH_SECONDS
+                if patience <= 0:
+                    break
         if result < 0:
             self.error = OSError(-result, os.strerror(-result))
 

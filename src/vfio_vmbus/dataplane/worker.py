@@ -1,8 +1,8 @@
 """A thread that runs a data-plane kernel without the GIL, and the way to take its state away from it for a moment.
 
 The kernel loops in compiled code until the word `attention` is set; it sleeps on an epoll instance, to which the worker's own
-eventfd belongs, so that it is reached when it sleeps, too. Every descriptor there is edge-triggered and none is ever read: a doorbell
-is shared with a client, who could otherwise empty it between our poll and our read, and leave us blocked for good.
+eventfd belongs, so that it is reached when it sleeps, too. Every descriptor there is edge-triggered, and no eventfd is ever read: a
+doorbell is shared with a client, who could otherwise empty it between our poll and our read, and leave us blocked for good.
 """
 
 from __future__ import annotations
