@@ -1,4 +1,7 @@
-"""`vfio-vmbus`: the commands, and what becomes of errors: one line, exit status 2 for wrong use or a machine that cannot, 1 for the rest."""
+"""`vfio-vmbus`: the commands, and what becomes of errors.
+
+One line on stderr; exit status 2 for wrong use or a machine that cannot, 1 for the rest.
+"""
 
 from __future__ import annotations
 

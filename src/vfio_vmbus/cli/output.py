@@ -12,12 +12,15 @@ def print_json(value: Any) -> None:
     """One object (or list) on stdout. Bytes are MAC addresses."""
     import msgspec
 
-    def text(item: Any) -> Any:
-        if isinstance(item, bytes):
-            return item.hex(":")
-        raise TypeError(f"no JSON for {type(item)}")
+    print(msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode())
 
-    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=text), indent=2).decode())
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.hex(":") if isinstance(value, bytes) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
