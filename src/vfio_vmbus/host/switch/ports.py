@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...memory.kernel import kernel
 from ..frames import BURST, FRAME_SIZE, frame_at
+from ..netvsp.dataplane import nic_arm, nic_deliver, nic_finish, nic_poll
 from .replay import NEVER, replay_due, replay_poll
-from .state import GENERATOR, PORT_SIZE, REPLAY, SINK, TAP, port_at, switch_at
+from .state import GENERATOR, NIC, PORT_SIZE, REPLAY, SINK, TAP, port_at, switch_at
 from .tap import tap_deliver, tap_poll
 from .traffic import generator_poll, sink_deliver
 
@@ -13,7 +14,10 @@ from .traffic import generator_poll, sink_deliver
 @kernel("i8(i8, i8, i8)")
 def port_poll(address: int, frames: int, now: int) -> int:
     """Fill the table with up to a burst of frames from a port: address, size, flags. Returns how many."""
-    kind = port_at(address).kind
+    port = port_at(address)
+    kind = port.kind
+    if kind == NIC:
+        return nic_poll(port.state, frames, BURST)
     if kind == TAP:
         return tap_poll(address, frames, now)
     if kind == GENERATOR:
@@ -23,6 +27,14 @@ def port_poll(address: int, frames: int, now: int) -> int:
     return 0
 
 
+@kernel("void(i8)")
+def port_finish(address: int) -> None:
+    """The frames of the last poll are where they were to go; whoever lent their memory may have it back."""
+    port = port_at(address)
+    if port.kind == NIC:
+        nic_finish(port.state)
+
+
 @kernel("void(i8, i8, i8, i8)")
 def _give(address: int, frames: int, count: int, size: int) -> None:
     """Give `count` frames of `size` bytes together, none of them too long, to a port, and count them."""
@@ -30,7 +42,11 @@ def _give(address: int, frames: int, count: int, size: int) -> None:
     if port.kind == TAP:  # counts for itself: a write can also fail
         port.no_room += count - tap_deliver(address, frames, count)
         return
-    taken = sink_deliver(address, frames, count) if port.kind == SINK else count
+    taken = count
+    if port.kind == NIC:
+        taken = nic_deliver(port.state, frames, count)
+    elif port.kind == SINK:
+        taken = sink_deliver(address, frames, count)
     if taken < count:
         port.no_room += count - taken
         for index in range(taken, count):
@@ -56,8 +72,20 @@ def port_deliver(address: int, frames: int, count: int, size: int, longest: int)
 
 
 @kernel("i8(i8, i8)")
+def ports_arm(address: int, armed: int) -> int:
+    """Have all NICs signal from now on (1), before the worker sleeps, or no more (0). 1 if one has work already."""
+    switch = switch_at(address)
+    work = 0
+    for index in range(switch.count):
+        port = port_at(switch.ports + index * PORT_SIZE)
+        if port.enabled != 0 and port.kind == NIC:
+            work |= nic_arm(port.state, armed)
+    return work
+
+
+@kernel("i8(i8, i8)")
 def ports_due(address: int, now: int) -> int:
-    """Before sleeping, with interrupts of all ports wanted from here on: when to wake up at the latest; `now`: do not sleep."""
+    """When a port has something to do that no descriptor will tell of: the next paced frame, the next try after an error."""
     switch = switch_at(address)
     due = NEVER
     for index in range(switch.count):
