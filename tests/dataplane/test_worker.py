@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vfio_vmbus.dataplane.worker import Worker, attention, control_at, sleep
-from vfio_vmbus.errors import ClosedError, UsageError, WaitTimeout
+from vfio_vmbus.errors import UsageError, WaitTimeout
 from vfio_vmbus.memory.access import viewer
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.kernel import kernel
@@ -190,8 +190,9 @@ def test_orders_of_calls_that_cannot_work() -> None:
     with pytest.raises(UsageError, match="started before"):
         rig.worker.start()
     rig.worker.stop()
-    with pytest.raises(ClosedError, match="stopped"), rig.worker.paused():
-        pytest.fail("entered")
+    rig.worker.wake()  # nobody is there to be woken, and its descriptor may be someone else's by now
+    with rig.worker.paused():
+        assert not rig.worker.running, "nor after the end"
     with pytest.raises(UsageError, match="started before"):
         rig.worker.start()
 
