@@ -56,8 +56,11 @@ def main() -> None:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except _WrongUse as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
         where = error.ctx.command_path if error.ctx else "vfio-vmbus"
-        _complain(f"{' '.join(error.format_message().split())} (see {where} --help)", 2)
+        _complain(f"{' '.join(error.format_message().rstrip('.').split())} (see {where} --help)", 2)
     except VfioVmbusError as error:
         if "--debug" in sys.argv:
             raise
