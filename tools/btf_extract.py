@@ -185,9 +185,7 @@ def vmlinux(path: Path) -> bytes:
         return gzip.decompress(payload[:-4])
     if payload[:4] == b"\x28\xb5\x2f\xfd":
         return unzstd(payload[:-4])
-    raise SystemExit(
-        f"{path}: compressed with {payload[:4].hex()}, unknown here; unpack it and pass the ELF file"
-    )
+    raise SystemExit(f"{path}: compressed with {payload[:4].hex()}, unknown here; unpack it and pass the ELF file")
 
 
 def unzstd(data: bytes) -> bytes:

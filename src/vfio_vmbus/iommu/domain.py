@@ -6,6 +6,7 @@ What is not mapped, not mapped for that direction, or runs over a mapping's end 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from bisect import bisect_right
 from collections import deque
@@ -182,6 +183,11 @@ class Domain:
             if entry is None or reason:
                 raise self._fault(iova, size, access, reason)
             return entry.mapping.address + iova - entry.iova
+
+    def read(self, iova: int, size: int) -> bytes:
+        """A copy of [iova, iova + size), which must lie in one map. Raises IsolationFault, and counts it."""
+        with self._lock:
+            return ctypes.string_at(self.translate(iova, size, READ), size)
 
     @property
     def fault_count(self) -> int:

@@ -48,6 +48,13 @@ if INTERPRETED:
         check(table, 8 * count)
         return _call("poll", ctypes.c_void_p(int(table)), ctypes.c_ulong(count), ctypes.c_int(timeout_ms))
 
+    def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
+        """epoll_wait(2) into a table of `count` struct epoll_event (16 bytes each at most)."""
+        check(events, 16 * count)
+        return _call(
+            "epoll_wait", ctypes.c_int(epoll), ctypes.c_void_p(int(events)), ctypes.c_int(count), ctypes.c_int(timeout_ms)
+        )
+
     def clock_ns(scratch: int) -> int:
         """CLOCK_MONOTONIC in nanoseconds; `scratch` is 16 bytes of private memory."""
         check(scratch, 16)
@@ -58,6 +65,7 @@ else:
     _read = _external("read", types.int64, types.int32, types.int64, types.int64)
     _write = _external("write", types.int64, types.int32, types.int64, types.int64)
     _poll = _external("poll", types.int32, types.int64, types.int64, types.int32)
+    _epoll_wait = _external("epoll_wait", types.int32, types.int32, types.int64, types.int32, types.int32)
     _errno = _external("__errno_location", types.int64)
     _clock = _external("clock_gettime", types.int32, types.int32, types.int64)
 
@@ -77,6 +85,12 @@ else:
     def sys_poll(table: int, count: int, timeout_ms: int) -> int:
         """poll(2) over a table of struct pollfd."""
         result = types.int64(_poll(table, count, timeout_ms))
+        return result if result >= 0 else -load32(_errno())
+
+    @inline
+    def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
+        """epoll_wait(2) into a table of `count` struct epoll_event (16 bytes each at most)."""
+        result = types.int64(_epoll_wait(epoll, events, count, timeout_ms))
         return result if result >= 0 else -load32(_errno())
 
     @inline

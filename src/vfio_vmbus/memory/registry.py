@@ -27,8 +27,16 @@ def unregister(address: int) -> None:
     del _ends[address]
 
 
-def check(address: int, size: int) -> None:
-    """Raise OutOfBounds unless [address, address + size) lies in one registered piece of memory."""
+def _inside(address: int, size: int) -> bool:
     index = bisect_right(_starts, address) - 1
-    if size < 0 or index < 0 or address + size > _ends[_starts[index]]:
+    start = _starts[index] if 0 <= index < len(_starts) else address + 1
+    return start <= address and address + size <= _ends.get(start, 0)
+
+
+def check(address: int, size: int) -> None:
+    """Raise OutOfBounds unless [address, address + size) lies in one registered piece of memory.
+
+    Another thread may register memory between our looks at the lists, and move what we found: so no is only no the third time.
+    """
+    if size < 0 or not (_inside(address, size) or _inside(address, size) or _inside(address, size)):
         raise OutOfBounds(f"access of {size} bytes at {address:#x} is outside registered memory")

@@ -89,6 +89,10 @@ class _End:
             raise ClosedError(f"{self.name}: its memory is unmapped")
         return self._state.address
 
+    def lead_to(self, doorbell: int) -> None:
+        """Signal another eventfd from now on; -1: none. Kernels may be running on the ring."""
+        self._state["doorbell"] = doorbell
+
     @property
     def broken(self) -> bool:
         """Has the other side broken a rule? Then nothing passes through this end any more."""
@@ -108,10 +112,13 @@ class _End:
         return RingStatistics(state["packets"], state["bytes"], state["signals"], state["full"])
 
 
-def _capacity(table: Block, count: int | None) -> int:
+def _rows(table: Block, count: int | None) -> int:
+    """How many rows of a table a burst may use."""
+    if table.array.dtype != PACKET:
+        raise UsageError(f"a burst needs a Block of PACKET rows, not of {table.array.dtype}")
     rows = len(table.array)
-    if table.array.dtype != PACKET or not 0 <= (rows if count is None else count) <= rows:
-        raise UsageError(f"a burst of {count} packets: take a Block of PACKET rows and at most its {rows}")
+    if count is not None and not 0 <= count <= rows:
+        raise UsageError(f"a burst of {count} packets; this table has {rows} rows")
     return rows if count is None else count
 
 
@@ -190,7 +197,7 @@ class OutgoingRing(_End):
         Raises UsageError for a row that is outside the memory or no packet (those before it are sent), RingError when the reader
         broke a rule.
         """
-        count = _capacity(table, count)
+        count = _rows(table, count)
         sent: int = bursts.send_burst(self.address, memory.address, memory.size, table.address, count)
         if sent < 0:
             row = table.array[-sent - 1]
@@ -226,7 +233,7 @@ class IncomingRing(_End):
         Packets before a broken rule are delivered, the next call raises RingError. Raises UsageError when `memory`
         cannot hold the next packet.
         """
-        count = _capacity(table, count)
+        count = _rows(table, count)
         received: int = bursts.receive_burst(self.address, memory.address, memory.size, table.address, count)
         if received == 0 and count:
             self.check()
@@ -239,7 +246,7 @@ class IncomingRing(_End):
 
         The other side can change them meanwhile. Errors as for `receive_burst`.
         """
-        received: int = bursts.receive_in_place(self.address, table.address, _capacity(table, count))
+        received: int = bursts.receive_in_place(self.address, table.address, _rows(table, count))
         if received == 0:
             self.check()
         return received

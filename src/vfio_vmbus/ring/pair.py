@@ -70,6 +70,11 @@ class RingPair:
                 mapping.write(control, bytes(PAGE))
         return cls(pieces, downstream, side, doorbell, name)
 
+    def lead_to(self, doorbell: int) -> None:
+        """Signal another eventfd from now on; -1: none."""
+        self.outgoing.lead_to(doorbell)
+        self.incoming.lead_to(doorbell)
+
     def close(self) -> None:
         """Unmap both rings. Whoever runs kernels on them stops them first."""
         for mapping in self._mappings:

@@ -25,7 +25,7 @@ from ..memory.access import (
 )
 from ..memory.libc import eventfd_signal
 from ..wire import ring as layout
-from .state import BAD_INDEX, BAD_LENGTH, BAD_OFFSET, RING
+from .state import BAD_INDEX, BAD_LENGTH, BAD_MOVE, BAD_OFFSET, RING
 
 # Plain numbers for kernels: bytes into the control page.
 WRITE_INDEX = layout.RING_WRITE_INDEX
@@ -60,7 +60,10 @@ def signal(ring: Any) -> None:
 
 @inline
 def out_look(ring: Any) -> int:
-    """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller."""
+    """Bytes free, after a look at the reader's index; 0 when the ring is broken. A packet fits when it is smaller.
+
+    A reader only ever gives back, and never what it has not been shown.
+    """
     read = load32_acquire(ring.control + READ_INDEX)
     if read >= ring.size or read & 7 != 0:
         broken(ring, BAD_INDEX, read, ring.size)
@@ -68,6 +71,12 @@ def out_look(ring: Any) -> int:
     free = read - ring.index
     if free <= 0:
         free += ring.size
+    unseen = ring.index - ring.shown
+    if unseen < 0:
+        unseen += ring.size
+    if free < ring.room or free > ring.size - unseen:
+        broken(ring, BAD_MOVE, read, ring.size)
+        return 0
     ring.room = free
     return free
 
@@ -119,7 +128,7 @@ def out_want(ring: Any, size: int) -> None:
 
 @inline
 def in_look(ring: Any) -> int:
-    """Bytes readable, after a look at the writer's index; 0 when the ring is broken."""
+    """Bytes readable, after a look at the writer's index; 0 when the ring is broken. Only when all known ones are read."""
     write = load32_acquire(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
         broken(ring, BAD_INDEX, write, ring.size)
@@ -127,6 +136,12 @@ def in_look(ring: Any) -> int:
     ready = write - ring.index
     if ready < 0:
         ready += ring.size
+    held = ring.index - ring.shown
+    if held < 0:
+        held += ring.size
+    if ready + held >= ring.size:
+        broken(ring, BAD_MOVE, write, ring.size)
+        return 0
     ring.room = ready
     return ready
 

@@ -32,9 +32,12 @@ BAD_LENGTH = 2
 """A packet's length is shorter than its header, or longer than what is readable."""
 BAD_OFFSET = 3
 """A packet's data offset is inside its header or behind its end."""
+BAD_MOVE = 4
+"""The other side's index moved backwards, or past what there was to read or free."""
 
 RULES = {
     BAD_INDEX: "index outside the data area or not a multiple of 8",
     BAD_LENGTH: "packet shorter than its header or longer than what the ring holds",
     BAD_OFFSET: "packet's data offset outside the packet",
+    BAD_MOVE: "index moved backwards or past what there was",
 }

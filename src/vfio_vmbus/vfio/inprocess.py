@@ -70,7 +70,7 @@ class InProcessDevice(Device):
     """The device over a PciFunction. `released` is called once, on the function's loop, after it was given back."""
 
     def __init__(self, function: PciFunction, run: Run, released: Callable[[], None]) -> None:
-        self._function = function
+        self.function = function
         self._call = run
         self._released = released
         self._open = True
@@ -90,7 +90,7 @@ class InProcessDevice(Device):
         return self._msix
 
     def reset(self) -> None:
-        self._run(self._function.reset)
+        self._run(self.function.reset)
 
     def close(self) -> None:
         if self._open:
@@ -98,10 +98,10 @@ class InProcessDevice(Device):
             self._call(self._give_back)
 
     def _give_back(self) -> None:
-        self._function.release()
+        self.function.release()
         self._released()
 
     def _run(self, call: Callable[[], T]) -> T:
         if not self._open:
-            raise ClosedError(f"{self._function.name} is closed")
+            raise ClosedError(f"{self.function.name} is closed")
         return self._call(call)

@@ -120,9 +120,7 @@ def parse_offload(data: Buffer) -> Offload:
     """An Offload of any revision, what is missing at its end being zero. Raises ProtocolError."""
     header = ObjectHeader.unpack(data)
     if not OFFLOAD_SIZE_6_0 <= header.size <= len(data):
-        raise ProtocolError(
-            f"Offload: size says {header.size} bytes, need at least {OFFLOAD_SIZE_6_0}, have {len(data)}"
-        )
+        raise ProtocolError(f"Offload: size says {header.size} bytes, need at least {OFFLOAD_SIZE_6_0}, have {len(data)}")
     return Offload.unpack(bytes(data[: header.size]).ljust(Offload.SIZE, b"\0"))
 
 

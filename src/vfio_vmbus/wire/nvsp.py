@@ -147,9 +147,7 @@ class SendReceiveBufferComplete(NvspMessage, since=VERSION_1, sender=Side.HOST):
     message_type: U32 = SEND_RECEIVE_BUFFER_COMPLETE
     status: U32 = STATUS_NONE
     section_count: U32 = 0
-    sections: Annotated[
-        tuple[ReceiveSection, ...], Tail(ReceiveSection, count="section_count", limit=MAX_RECEIVE_SECTIONS)
-    ] = ()
+    sections: Annotated[tuple[ReceiveSection, ...], Tail(ReceiveSection, count="section_count", limit=MAX_RECEIVE_SECTIONS)] = ()
 
 
 @struct(size=6)

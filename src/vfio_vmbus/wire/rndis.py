@@ -240,7 +240,6 @@ def bytes_at(data: Buffer, message: RndisMessage, what: str, offset: int, length
     begin = OFFSET_BASE + offset
     if begin < message.SIZE or begin + length > message.message_length:
         raise ProtocolError(
-            f"{type(message).__name__}: {what} at byte {begin} for {length} bytes, "
-            f"need {message.SIZE}..{message.message_length}"
+            f"{type(message).__name__}: {what} at byte {begin} for {length} bytes, need {message.SIZE}..{message.message_length}"
         )
     return bytes(data[begin : begin + length])

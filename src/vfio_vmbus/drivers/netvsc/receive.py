@@ -135,40 +135,50 @@ def rx_release(queue: Any) -> int:
 
 
 @inline
-def rx_burst(queue: Any, table: int, capacity: int) -> int:
-    """Up to `capacity` received frames into `table`, in place, until the next call; the frames of the call before go back."""
+def _take(queue: Any, table: int, capacity: int) -> int:
+    """Work through the ring until there are `capacity` frames, or something that needs more room or Python."""
     ring = ring_at(queue.incoming)
-    rx_release(queue)
     count = 0
-    while count < capacity and queue.attention == 0 and queue.done_count < DONE_SLOTS and in_ready(ring):
+    while queue.attention == 0 and queue.done_count < DONE_SLOTS and in_ready(ring):
         header = in_header(ring)
         if header < 0:
             queue.attention = 1
             break
         packet = ring.data + ring.index
+        offset = packet_offset(header)
         kind = packet_type(header)
         if kind == _XFER_PAGES and packet_length(header) >= 24:
+            if count >= capacity:
+                break
             ranges = _ranges_of(queue, packet, header)
             index = queue.resume
             while index < ranges and count < capacity:
                 count = _take_range(queue, packet, index, table, count)
                 index += 1
+            queue.resume = index if index < ranges else 0
             if index < ranges:
-                queue.resume = index
                 break
-            queue.resume = 0
             if packet_flags(header) & 1 != 0:
                 store64(queue.done + queue.done_count * 8, load64(packet + 8))
                 queue.done_count += 1
-        elif (
-            kind == _COMPLETION
-            and packet_length(header) - packet_offset(header) >= 8
-            and load32(packet + packet_offset(header)) == 108
-        ):
-            tx_completed(queue, load64(packet + 8), load32(packet + packet_offset(header) + 4))
+        elif kind == _COMPLETION and packet_length(header) - offset >= 8 and load32(packet + offset) == _SEND_RNDIS_COMPLETE:
+            tx_completed(queue, load64(packet + 8), load32(packet + offset + 4))
         else:
             queue.attention = 1
             break
         in_skip(ring, header)
     in_commit(ring)
     return count
+
+
+@inline
+def rx_burst(queue: Any, table: int, capacity: int) -> int:
+    """Up to `capacity` received frames into `table`, in place, until the next call; the frames of the call before go back."""
+    rx_release(queue)
+    return _take(queue, table, capacity)
+
+
+@inline
+def tx_reap(queue: Any) -> None:
+    """Take completions of what was sent, as far as no received frame stands before them."""
+    _take(queue, 0, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...memory.access import inline, load64, load64_acquire, store64, store64_release, viewer
+from ...memory.access import inline, load64, load64_acquire, store64, store64_release
 from ...memory.libc import eventfd_signal
 from ...ring.primitives import (
     in_commit,
@@ -26,7 +26,7 @@ from ...ring.primitives import (
     ring_at,
 )
 from ..frames import FRAME_SIZE
-from .receive import MAX_RANGES, deliver, give_back
+from .receive import MAX_RANGES, deliver, give_back, nic_at
 from .state import CONTROL, MAX_PENDING, NIC, STAGE_SLOTS, WORKER
 from .transmit import NO_SECTION, PAIR_SIZE, STATUS_FAIL, STATUS_SUCCESS, pair_at, section_address, take_messages, take_pages
 
@@ -39,8 +39,6 @@ _COMPLETION_SIZE = 16 + 40 + 8
 """A completion carries a whole NVSP message of 40 bytes: Linux copies that many."""
 
 _OWNER_AT = NIC.fields["owner"][1]  # type: ignore[index]
-
-nic_at = viewer(NIC)
 
 
 @inline
@@ -128,9 +126,11 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
     if not _is_workers(address):
         return 0
     nic = nic_at(address)
-    if nic.ready == 0:
-        return 0
     ring = ring_at(nic.incoming)
+    if nic.ready == 0:
+        if in_ready(ring) or ring.broken != 0:
+            _hand_over(address, nic)
+        return 0
     if nic.pending_count > 0:
         nic_finish(address)
     nic.staged = 0
@@ -197,8 +197,6 @@ def nic_arm(address: int, armed: int) -> int:
     if not _is_workers(address):
         return 0
     nic = nic_at(address)
-    if nic.ready == 0:
-        return 0
     incoming = ring_at(nic.incoming)
     outgoing = ring_at(nic.outgoing)
     if nic.pending_count > 0:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
-from ...memory.access import copy, inline, load64, store64
+from ...memory.access import copy, inline, load64, store64, viewer
+from ...memory.kernel import kernel
 from ...ring.primitives import out_begin, out_end
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at
+from .state import NIC
+
+nic_at = viewer(NIC)
 
 MAX_RANGES = 64
 """Frames announced in one packet."""
@@ -32,12 +36,11 @@ _L4_SUCCEEDED = 0b011000
 
 
 @inline
-def wanted(nic: Any, frame: int) -> bool:
-    """Does the guest's packet filter let this frame in?"""
+def wanted(nic: Any, low: int) -> bool:
+    """Does the guest's packet filter let a frame for this address (48 bits, in memory order) in?"""
     accept = nic.filter
     if accept & FILTER_PROMISCUOUS != 0:
         return True
-    low = load64(frame) & 0xFFFFFFFFFFFF
     if low == 0xFFFFFFFFFFFF:
         return accept & FILTER_BROADCAST != 0
     if low & 1 != 0:
@@ -87,7 +90,7 @@ def deliver(nic: Any, ring: Any, table: int, count: int) -> int:
     last = -1
     while done < count and ranges < MAX_RANGES:
         source = frame_at(table + done * FRAME_SIZE)
-        if source.size > nic.longest or not wanted(nic, source.address):
+        if source.size > nic.longest or not wanted(nic, source.destination):
             nic.filtered += 1
             done += 1
             continue
@@ -125,3 +128,9 @@ def give_back(nic: Any, transaction: int) -> None:
         store64(nic.free + nic.free_count * 8, section)
         nic.free_count += 1
         section = load64(nic.chain + section * 8)
+
+
+@kernel("void(i8, i8)")
+def give_back_one(address: int, transaction: int) -> None:
+    """`give_back` for the control plane."""
+    give_back(nic_at(address), transaction)

@@ -1,0 +1,195 @@
+"""One queue of the card: its channel, its share of the buffers, and bursts of frames over them."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...channel.device import Channel, SharedBuffer
+from ...dataplane.rndis import MESSAGE_RULES, PARSED
+from ...errors import UsageError
+from ...iommu.dma import DmaBuffer
+from ...memory.block import Block
+from ...wire.gpa import PAGE_SIZE, PageRange, pages_spanned
+from ...wire.ring import Packet
+from . import kernels
+from .state import DONE_SLOTS, FRAME, MAIL_SLOT, MAIL_SLOTS, QUEUE
+
+BURST = 64
+"""Frames that one call hands out at most, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What passed through a queue."""
+
+    tx_frames: int
+    tx_bytes: int
+    tx_failed: int
+    """Transfers that the host refused."""
+    tx_too_long: int
+    rx_frames: int
+    rx_bytes: int
+    rx_bad_ranges: int
+    """Announcements of the host outside of the receive buffer."""
+    rx_bad_messages: int
+    """RNDIS messages of the host that contradict themselves."""
+    bad_completions: int
+    """Completions of the host for what was not sent."""
+    mail_lost: int
+    """Control messages of the host that there was no place for."""
+
+
+class Queue:
+    """Send and receive. One thread at a time; `address` is what kernels of applications get (see `transmit` and `receive`)."""
+
+    def __init__(self, channel: Channel, burst: int = BURST) -> None:
+        self.channel = channel
+        self.burst = burst
+        self._state = Block(QUEUE)
+        self._received = Block(FRAME, burst)
+        self._tables: dict[str, Block] = {}
+        for name, value in {
+            "incoming": channel.incoming.address,
+            "outgoing": channel.outgoing.address,
+            "open": -1,
+            "slot": -1,
+            "align": 8,
+            "done": self._table("done", "i8", DONE_SLOTS),
+            "mail": self._table("mail", np.uint8, MAIL_SLOTS * MAIL_SLOT),
+            "parsed": self._table("parsed", PARSED, 1),
+        }.items():
+            self._state[name] = value
+
+    @property
+    def address(self) -> int:
+        """Address of the QUEUE record, for kernels."""
+        return self._state.address
+
+    def use_receive_buffer(self, buffer: SharedBuffer, longest: int) -> None:
+        """Frames of up to `longest` bytes come through this buffer."""
+        self._state["longest"] = longest
+        self._state["receive"] = buffer.address
+        self._state["receive_size"] = buffer.size
+
+    def use_send_buffer(self, buffer: SharedBuffer, section: int, pool: DmaBuffer, slot: int) -> None:
+        """Send through sections of `section` bytes, longer frames through slots of `slot` bytes of the pool."""
+        sections, slots = buffer.size // section, pool.size // slot
+        for name, value in {
+            "send": buffer.address,
+            "send_section": section,
+            "send_sections": sections,
+            "pool": pool.mapping.address,
+            "pool_iova": pool.iova,
+            "pool_slot": slot,
+            "pool_slots": slots,
+            "free": self._table("free", "i8", sections, range(sections - 1, -1, -1)),
+            "free_count": sections,
+            "pool_free": self._table("pool_free", "i8", slots, range(slots - 1, -1, -1)),
+            "pool_free_count": slots,
+            "busy": self._table("busy", "i8", sections + slots),
+        }.items():
+            self._state[name] = value
+
+    def set_limits(self, max_messages: int, align: int) -> None:
+        """What the host takes in one transfer: messages, each on a multiple of `align` bytes."""
+        self._state["max_messages"] = max_messages
+        self._state["align"] = max(align, 8)
+
+    def rx_burst(self, count: int | None = None) -> NDArray[np.void]:
+        """Frames received: a table of (address, size, flags, checksum), valid until the next call, at most `burst`.
+
+        Raises RingError when the host broke the ring.
+        """
+        capacity = self.burst if count is None else min(count, self.burst)
+        received = kernels.receive_burst(self.address, self._received.address, capacity)
+        if received == 0 and self._state["attention"]:
+            self.channel.incoming.check()
+        return self._received.array[:received]
+
+    def tx_burst(self, table: Block | NDArray[np.void]) -> int:
+        """Send copies of the frames in a table as `rx_burst` gives it (or a Block of FRAME rows). How many there was room for.
+
+        Every row's memory must be readable: a row of addresses of your own must come from memory that you keep. Raises RingError
+        when the host broke the ring.
+        """
+        array = table.array if isinstance(table, Block) else table
+        if array.dtype != FRAME or not array.flags.c_contiguous:
+            raise UsageError("tx_burst takes a contiguous table of FRAME rows")
+        address = table.address if isinstance(table, Block) else int(array.ctypes.data)
+        sent: int = kernels.transmit_burst(self.address, address, len(array))
+        if sent < len(array):
+            self.channel.outgoing.check()
+            kernels.reap(self.address)
+        return sent
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until the host has something for this queue, at most `seconds`. True when there is something."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if kernels.arm(self.address, 1):
+                break
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.channel.wait(left):
+                kernels.arm(self.address, 0)
+                return False
+        kernels.arm(self.address, 0)
+        return True
+
+    def take_mail(self) -> list[bytes]:
+        """RNDIS control messages that came between frames."""
+        found = []
+        while self._state["mail_taken"] < self._state["mail_put"]:
+            start = (self._state["mail_taken"] % MAIL_SLOTS) * MAIL_SLOT
+            slot = self._mail[start : start + MAIL_SLOT]
+            size = int.from_bytes(slot[:8].tobytes(), "little")
+            found.append(slot[8 : 8 + size].tobytes())
+            self._state["mail_taken"] += 1
+        return found
+
+    def take_control(self) -> Packet | None:
+        """The packet at the ring's head, if it is one for Python. Raises RingError, ProtocolError."""
+        if not self._state["attention"]:
+            return None
+        self.channel.incoming.check()
+        packet = self.channel.incoming.receive()
+        self._state["attention"] = 0
+        return packet
+
+    def take_slot(self, data: bytes) -> tuple[int, tuple[PageRange, ...]] | None:
+        """Put a control message into a free slot, now the host's: its transaction and pages. None while there is none."""
+        slot_size = self._state["pool_slot"]
+        if len(data) > slot_size:
+            raise UsageError(f"control message of {len(data)} bytes, limit {slot_size}")
+        if self._state["pool_free_count"] == 0:
+            return None
+        self._state["pool_free_count"] -= 1
+        slot = int(self._tables["pool_free"].array[self._state["pool_free_count"]])
+        ctypes.memmove(self._state["pool"] + slot * slot_size, data, len(data))
+        transaction = self._state["send_sections"] + slot
+        self._tables["busy"].array[transaction] = 1
+        first = (self._state["pool_iova"] + slot * slot_size) // PAGE_SIZE
+        return transaction, (PageRange(len(data), 0, tuple(range(first, first + pages_spanned(len(data), 0)))),)
+
+    def counters(self) -> Counters:
+        """The counters now."""
+        return Counters(**{field.name: self._state[field.name] for field in fields(Counters)})
+
+    def last_rule(self) -> str:
+        """The RNDIS rule that the host broke last, or ""."""
+        return MESSAGE_RULES.get(self._state["last_rule"], "")
+
+    @property
+    def _mail(self) -> NDArray[np.uint8]:
+        return self._tables["mail"].array
+
+    def _table(self, name: str, dtype: object, count: int, values: object = None) -> int:
+        """Private memory that the record points at under `name`."""
+        block = self._tables[name] = Block(dtype, count)
+        if values is not None:
+            block.array[:] = values
+        return block.address

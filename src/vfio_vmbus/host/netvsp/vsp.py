@@ -1,0 +1,209 @@
+"""The virtual network card as a device of the embedded host: its offer, its link, and its channel on the switch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from ...dataplane.rndis import PARSED
+from ...errors import PeerError, UsageError
+from ...memory.block import Block
+from ...wire import nvsp, oid
+from ...wire.guids import CLASS_NETWORK
+from ...wire.vmbus import ChannelOffer
+from ..switch.port import Port
+from ..switch.switch import Switch
+from ..vsp import ChannelContext
+from .control import Control
+from .objects import Objects
+from .state import CONTROL, MAX_PAGES, MAX_PENDING, NIC, PAIR, STAGE_SLOT, STAGE_SLOTS, WORKER
+
+_BUDGET = 64
+_RETRY_SECONDS = 0.001
+
+
+class Netvsp:
+    """One card, plugged into a port of `switch` while its channel is open. All methods are called on the host's loop.
+
+    mac: 6 bytes. max_mtu: bytes, up to 9000. versions: NVSP versions that it speaks, newest first.
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        mac: bytes,
+        *,
+        name: str = "nic",
+        max_mtu: int = 9000,
+        bits_per_second: int = 40_000_000_000,
+        versions: tuple[int, ...] = nvsp.SUPPORTED_VERSIONS,
+        instance: UUID | None = None,
+        allow_spoofing: bool = False,
+    ) -> None:
+        if len(mac) != 6 or mac[0] & 1:
+            raise UsageError(f"MAC address {mac.hex(':')}: take 6 bytes of a unicast address")
+        if not 68 <= max_mtu <= 9000:
+            raise UsageError(f"MTU {max_mtu}: take 68 to 9000 bytes")
+        self.mac = mac
+        self.name = name
+        self.mtu = max_mtu
+        self.link = True
+        self.bits_per_second = bits_per_second
+        self.offer = ChannelOffer(class_guid=CLASS_NETWORK, instance_guid=instance or uuid4(), server_context_size=0)
+        self.port: Port | None = None
+        self._switch = switch
+        self._versions = versions
+        self._allow_spoofing = allow_spoofing
+        self._control: Control | None = None
+        self._nic = Block(NIC)
+        self._memory: list[Block] = []
+        self._totals: dict[str, int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._retry: asyncio.TimerHandle | None = None
+
+    def counter(self, name: str) -> int:
+        """A counter of the data plane, over all times that the channel was open."""
+        return self._totals.get(name, 0) + self._nic[name]
+
+    @property
+    def version(self) -> int | None:
+        """The NVSP version agreed on, while the channel is open."""
+        return self._control.version if self._control else None
+
+    def open(self, context: ChannelContext) -> None:
+        """Plug in: the worker watches the channel from now on, and hands what is not a frame over to `_handle`."""
+        self.close()
+        self._loop = asyncio.get_running_loop()
+        self._nic = Block(NIC)
+        control_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fill(context, control_fd)
+        self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu)
+        self._loop.add_reader(control_fd, self._handle)
+        self.port = self._switch.add_nic(
+            self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
+        )
+
+    def close(self) -> None:
+        """Pull the plug: when this returns no kernel and no handler touches the channel's memory."""
+        if self.port is not None:
+            self._switch.remove(self.port)
+            self.port = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._control is None:
+            return
+        self._control = None
+        for name in _COUNTERS:
+            self._totals[name] = self.counter(name)
+            self._nic[name] = 0
+        if self._loop is not None:
+            self._loop.remove_reader(self._nic["control_fd"])
+        os.close(self._nic["control_fd"])
+        self._memory.clear()
+
+    def gpadl_gone(self, handle: int) -> None:
+        """Stop using a buffer that the guest tears down."""
+        control = self._control
+        if control is None:
+            return
+        with self._switch.worker.paused():
+            if control.receive is not None and control.receive.handle == handle:
+                control.drop_receive_buffer()
+            if control.send is not None and control.send.handle == handle:
+                control.drop_send_buffer()
+
+    def set_link(self, up: bool) -> None:
+        """Plug the virtual cable in or out, and tell the guest."""
+        if up == self.link:
+            return
+        self.link = up
+        if self._control is not None:
+            with self._switch.worker.paused():
+                self._nic["link"] = int(up)
+            self._control.indicate(oid.STATUS_MEDIA_CONNECT if up else oid.STATUS_MEDIA_DISCONNECT)
+            self._reclaim()
+
+    def _fill(self, context: ChannelContext, control_fd: int) -> None:
+        def table(dtype: object, count: int) -> int:
+            block = Block(dtype, count)
+            self._memory.append(block)
+            return block.address
+
+        fields = {
+            "owner": WORKER,
+            "link": int(self.link),
+            "incoming": context.pair.incoming.address,
+            "outgoing": context.pair.outgoing.address,
+            "domain": context.domain.address,
+            "control_fd": control_fd,
+            "scratch": table("i8", 2),
+            "longest": 1518,
+            "max_messages": 1,
+            "mac_low": int.from_bytes(self.mac, "little"),
+            "pending": table(PAIR, MAX_PENDING),
+            "stage": table(np.uint8, STAGE_SLOTS * STAGE_SLOT),
+            "pages": table(PAIR, MAX_PAGES),
+            "parsed": table(PARSED, 1),
+        }
+        for name, value in fields.items():
+            self._nic[name] = value
+
+    def _handle(self) -> None:
+        """The worker handed the channel over."""
+        control = self._control
+        if control is None:
+            return
+        try:
+            os.eventfd_read(self._nic["control_fd"])
+        except BlockingIOError:
+            return
+        self._work(control)
+
+    def _work(self, control: Control) -> None:
+        try:
+            later = control.work(_BUDGET)
+        except PeerError as error:
+            self.close()
+            control.context.failed(error)
+            return
+        self._give_to_worker()
+        if later and self._loop is not None and self._retry is None:
+            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
+
+    def _give_to_worker(self) -> None:
+        self._nic["owner"] = WORKER
+        self._switch.worker.wake()
+
+    def _reclaim(self) -> None:
+        """Answers wait for room: take the channel back for a moment and try again."""
+        self._retry = None
+        control = self._control
+        if control is None:
+            return
+        with self._switch.worker.paused():
+            if self._nic["owner"] == CONTROL:
+                return  # handed over just now: `_handle` is about to run
+            self._nic["owner"] = CONTROL
+        flushed = control.flush()
+        self._give_to_worker()
+        if not flushed and self._loop is not None:
+            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
+
+
+_COUNTERS = (
+    "sent_frames",
+    "sent_bytes",
+    "received_frames",
+    "received_bytes",
+    "no_buffer",
+    "filtered",
+    "bad_sections",
+    "bad_messages",
+    "bad_ranges",
+    "bad_completions",
+    "faults",
+)

@@ -1,0 +1,52 @@
+"""What a VSP is to the embedded host, and what the host gives it for a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..iommu.domain import Domain
+from ..memory.mapping import Mapping
+from ..ring.pair import RingPair
+from ..wire.vmbus import ChannelOffer
+
+
+@dataclass(frozen=True)
+class HostGpadl:
+    """A guest's shared memory as the host sees it: contiguous. access: what the guest lets the host do (READ, WRITE)."""
+
+    handle: int
+    mapping: Mapping
+    access: int
+
+
+@dataclass(frozen=True)
+class ChannelContext:
+    """An open channel, for the VSP behind it. All calls and callbacks are on the host's loop."""
+
+    relid: int
+    pair: RingPair
+    domain: Domain
+    doorbell: int
+    """eventfd that the guest signals."""
+    gpadl: Callable[[int], HostGpadl]
+    """The channel's GPADL with this handle. Raises ProtocolError where there is none."""
+    failed: Callable[[Exception], None]
+    """The guest broke the device's protocol: note why. The VSP has stopped using the channel."""
+
+
+class Vsp(Protocol):
+    """A device of the embedded host."""
+
+    @property
+    def offer(self) -> ChannelOffer: ...
+
+    def open(self, context: ChannelContext) -> None:
+        """The guest opened the primary channel."""
+
+    def close(self) -> None:
+        """The guest closed it, or is gone. Afterwards nothing of its memory is touched. Harmless when nothing is open."""
+
+    def gpadl_gone(self, handle: int) -> None:
+        """A GPADL is about to be unmapped. Afterwards it is not touched."""

@@ -1,0 +1,95 @@
+"""The driver's side of an IO address space: which IOVAs are free, and memory that the device may reach."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from ..errors import DmaError
+from ..memory.mapping import PAGE, Mapping
+from ..memory.shared import SharedMemory
+
+FIRST_IOVA = 1 << 32
+"""Above 4 GiB, clear of the ranges that platforms keep for interrupts (0xfee00000)."""
+LAST_IOVA = 1 << 38
+"""Below the 39 bits that the least of today's IOMMUs translate."""
+
+
+class Mapper(Protocol):
+    """Who maps for the device: a VFIO device's `dma`."""
+
+    def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None: ...
+    def unmap(self, iova: int, size: int) -> None: ...
+
+
+class DmaBuffer:
+    """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it."""
+
+    def __init__(self, space: DmaSpace, iova: int, size: int, access: int, name: str) -> None:
+        self.iova = iova
+        self.size = size
+        self.access = access
+        self._space = space
+        self.memory = SharedMemory(size, name)
+        try:
+            self.mapping: Mapping = self.memory.map()
+            space.mapper.map(iova, self.memory.fd, 0, size, access)
+        except BaseException:
+            self.memory.close()
+            raise
+        self._open = True
+
+    @property
+    def pfns(self) -> tuple[int, ...]:
+        """The numbers of its pages, as GPADLs and GPA lists want them."""
+        return tuple(range(self.iova // PAGE, (self.iova + self.size) // PAGE))
+
+    def close(self) -> None:
+        """Take the memory back from the device, then let go of it."""
+        if self._open:
+            self._open = False
+            try:
+                self._space.mapper.unmap(self.iova, self.size)
+            finally:
+                self._space.forget(self)
+                self.mapping.close()
+                self.memory.close()
+
+    def __enter__(self) -> DmaBuffer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class DmaSpace:
+    """Hands out IOVAs, first fit, with an unmapped page behind each buffer so that overruns fault."""
+
+    def __init__(self, mapper: Mapper) -> None:
+        self.mapper = mapper
+        self._buffers: dict[int, DmaBuffer] = {}
+
+    def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
+        """A zeroed buffer of `size` bytes (rounded up to pages). Raises DmaError when no IOVAs are left or the device refuses."""
+        size = -(-size // PAGE) * PAGE
+        made = DmaBuffer(self, self._free_iova(size + PAGE), size, access, name)
+        self._buffers[made.iova] = made
+        return made
+
+    def forget(self, buffer: DmaBuffer) -> None:
+        self._buffers.pop(buffer.iova, None)
+
+    def close(self) -> None:
+        """Close every buffer that is left."""
+        for buffer in list(self._buffers.values()):
+            buffer.close()
+
+    def _free_iova(self, size: int) -> int:
+        at = FIRST_IOVA
+        for iova in sorted(self._buffers):
+            if iova - at >= size:
+                break
+            at = iova + self._buffers[iova].size + PAGE
+        if at + size > LAST_IOVA:
+            raise DmaError(f"no {size} bytes of IOVA space left below {LAST_IOVA:#x}")
+        return at
