@@ -274,7 +274,8 @@ def _operation(number: Any, pages: int) -> tuple[Any, ...]:
     if choice == 10:
         return ("forge", number() % 4, number(2))
     offset = (0, 4, 8, 12, 64)[number() % 5]
-    return ("poke", offset, number(4).to_bytes(4, "little"))
+    value = number(4) if number() & 1 else 8 * number(2) % (pages * PAGE)  # anything, or a place in the ring
+    return ("poke", offset, value.to_bytes(4, "little"))
 
 
 def _sample(number: Any) -> Sample:

@@ -1,1 +1,1 @@
-"""Kernels that both ends of a device protocol need: RNDIS packet messages, Internet checksums."""
+"""What both ends of a device protocol need on their data plane: a worker thread, RNDIS packet messages, Internet checksums."""

@@ -103,12 +103,14 @@ def parse(out_address: int, base: int, at: int, limit: int, longest: int) -> int
     limit: bytes from `base` that are the sender's. longest: of a frame. Each word is read once. Returns 0, or the rule broken.
     """
     out = parsed_at(out_address)
-    if limit - at < HEADER:
+    if limit - at < BASE:
         return SHORT_HEADER
     message = base + at
     first = load64(message)
     if first & 0xFFFFFFFF != PACKET_MSG:
         return NOT_A_PACKET
+    if limit - at < HEADER:
+        return SHORT_HEADER
     length = (first >> 32) & 0xFFFFFFFF
     if length < HEADER or length > limit - at:
         return BAD_LENGTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,10 @@ class Block:
         self.address = int(raw.ctypes.data) + start
         self.size = size
         register(self.address, size)
+        weakref.finalize(self, unregister, self.address).atexit = False
 
     def __getitem__(self, field: str) -> int:
         return int(self.array[field][0])
 
     def __setitem__(self, field: str, value: int) -> None:
         self.array[field][0] = value
-
-    def __del__(self) -> None:
-        unregister(self.address)

@@ -88,10 +88,14 @@ class Mapping:
 
     address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
     on, once more, behind itself: `address + size + n` is `address + wrap_from + n`.
-    Raises OSError where the kernel refuses, UsageError for a wrap_from outside the pieces.
+    Raises OSError where the kernel refuses, UsageError for pieces that are not whole pages and for a wrap_from outside
+    of them. A CPU with pages of more than 4096 bytes cannot map (and refuses) what is not aligned to its own.
     """
 
     def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None) -> None:
+        for piece in pieces:
+            if piece.size <= 0 or piece.offset < 0 or (piece.size | piece.offset) % PAGE:
+                raise UsageError(f"{piece.size} bytes at file offset {piece.offset} are not whole pages of {PAGE} bytes")
         self.size = sum(piece.size for piece in pieces)
         self.wrap_from = wrap_from
         again = [] if wrap_from is None else window(pieces, wrap_from, self.size - wrap_from)

@@ -62,9 +62,15 @@ def require_sealed(fd: int) -> int:
 
 
 def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None) -> Mapping:
-    """Map pieces of sealed memory into one contiguous range. Raises DmaError for memory that is not sealed or too short."""
+    """Map pieces of sealed memory into one contiguous range.
+
+    Raises DmaError for memory that is not sealed, too short, or that the kernel refuses to map like this (huge pages).
+    """
     sizes = {fd: require_sealed(fd) for fd in {piece.fd for piece in pieces}}
     for piece in pieces:
         if piece.offset < 0 or piece.offset + piece.size > sizes[piece.fd]:
             raise DmaError(f"{piece.size} bytes at {piece.offset} are outside memory of {sizes[piece.fd]} bytes")
-    return Mapping(pieces, wrap_from=wrap_from)
+    try:
+        return Mapping(pieces, wrap_from=wrap_from)
+    except OSError as error:
+        raise DmaError(f"these {len(pieces)} pieces of memory cannot be mapped side by side: {error}") from error

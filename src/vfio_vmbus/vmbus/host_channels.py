@@ -166,6 +166,7 @@ class HostChannels:
         for channel in list(self._channels.values()):
             gone = channel.presence in (Presence.RESCINDED, Presence.RELEASED)
             actions += self._let_go(channel, Presence.RELEASED if gone else presence)
+        self._assemblies.clear()  # what is left are refused ones, for channels that never were
         return actions
 
     def _let_go(self, channel: HostChannel, presence: Presence) -> Actions:

@@ -154,7 +154,7 @@ class Array:
 
     def put(self, buffer: WritableBuffer, offset: int, value: tuple[Any, ...]) -> None:
         if len(value) != self.count:
-            raise UsageError(f"{len(value)} elements, need {self.count}")
+            raise ValueError(f"{len(value)} elements, need {self.count}")
         put_many(self.element, buffer, offset, value)
 
     def dtype(self) -> Any:
@@ -314,7 +314,7 @@ class Struct:
             value = getattr(self, field.name)
             try:
                 field.codec.put(buffer, offset + field.offset, value)
-            except (_struct.error, AttributeError, TypeError) as error:
+            except (_struct.error, AttributeError, TypeError, ValueError) as error:
                 raise UsageError(self._name(field.name, f"{value!r} does not fit: {error}")) from error
         return size
 

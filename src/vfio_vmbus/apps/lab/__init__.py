@@ -6,7 +6,6 @@ frames between them. Needs /dev/net/tun and user namespaces; `probe` says why th
 
 from vfio_vmbus.apps.lab.lab import Lab, Namespace, NamespaceSpec, probe
 from vfio_vmbus.apps.lab.messages import Download, HttpBody, PingResult, TcpResult
-from vfio_vmbus.apps.lab.relay import Relay
 from vfio_vmbus.apps.lab.tap import Tap, open_tap
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "Namespace",
     "NamespaceSpec",
     "PingResult",
-    "Relay",
     "Tap",
     "TcpResult",
     "open_tap",

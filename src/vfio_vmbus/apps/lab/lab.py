@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
 
-import vfio_vmbus
 from vfio_vmbus.apps.lab import messages
 from vfio_vmbus.apps.lab.messages import Download, HttpBody, PingResult, Progress, Ready, TcpPort, TcpResult
 from vfio_vmbus.apps.lab.reasons import TUN_PATH, tun_refused
@@ -76,6 +74,8 @@ class Lab:
         return cls(NamespaceSpec("left", "10.77.0.1/24", mtu), NamespaceSpec("right", "10.77.0.2/24", mtu))
 
     def __enter__(self) -> Self:
+        if self.namespaces:
+            raise UsageError("this lab is open already")
         try:
             os.close(os.open(TUN_PATH, os.O_RDWR | os.O_CLOEXEC))  # a worker may not do more than we may
         except OSError as error:
@@ -90,6 +90,7 @@ class Lab:
 
     def close(self) -> None:
         """Ends the workers and closes the TAPs; may be called again."""
+        self.namespaces = ()
         self._stack.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -143,7 +144,12 @@ class Namespace:
         spec = self._spec
         fds: list[int] = []
         setup = messages.Setup(spec.tap, spec.mac, spec.mtu, spec.address)
-        self._call(setup, Ready, START_SECONDS, fds=fds)
+        try:
+            self._call(setup, Ready, START_SECONDS, fds=fds)
+        except UnavailableError:
+            raise
+        except (LocalError, WaitTimeout) as error:  # as where unshare(2) is answered by SIGSYS
+            raise UnavailableError(f"a lab's worker cannot do its work here: {error}") from None
         self._tap = Tap(fds[0], spec.tap, spec.mac, spec.mtu)
         self._stack.callback(self._tap.close)
 
@@ -166,7 +172,7 @@ class Namespace:
         return f"http://{self.address}:{body.port}/"
 
     def http_get(self, url: str, *, timeout: float = 60.0, progress: Callable[[int, int], None] | None = None) -> Download:
-        """Downloads; progress(bytes so far, bytes in all) is called in this thread, ten times a second."""
+        """Downloads; progress(bytes so far, bytes in all) is called in this thread."""
         _check("timeout", timeout, 0.001, 3600)
         return self._call(messages.HttpGet(url, timeout), Download, timeout, progress=progress)
 
@@ -214,7 +220,7 @@ class Namespace:
 
     def _send(self, request: messages.Request, replies: socket.socket) -> None:
         if self._control.fileno() < 0:
-            raise ClosedError(f"namespace {self.name}: the lab is closed")
+            raise self._closed()
         try:
             socket.send_fds(self._control, [messages.encode(request)], [replies.fileno()])
         except OSError:
@@ -243,6 +249,8 @@ class Namespace:
         return reply
 
     def _died(self) -> LocalError:
+        if self._control.fileno() < 0:
+            return self._closed()
         try:
             status: Any = self._process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -250,6 +258,9 @@ class Namespace:
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip().splitlines()
         return LocalError(f"namespace {self.name}: its worker ended (status {status}): {said[-1] if said else 'no word'}")
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"namespace {self.name}: the lab is closed")
 
     def _end_process(self) -> None:
         self._tap = None
@@ -267,16 +278,22 @@ class Namespace:
         self._stack.close()
 
 
+_WORKER = """
+import sys
+sys.path[:] = sys.argv[2:]
+from vfio_vmbus.apps.lab.worker import main
+main(int(sys.argv[1]))
+"""
+
+
 def _start_worker(control: socket.socket, said: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A fresh Python with our package on its path; a session of its own, so that Ctrl-C reaches only us."""
-    path = [str(Path(vfio_vmbus.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    """A fresh Python that finds the same package; in a session of its own, because Ctrl-C is for us."""
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "vfio_vmbus.apps.lab.worker", str(os.getpid())],
+            [sys.executable, "-P", "-c", _WORKER, str(os.getpid()), *sys.path],
             stdin=control.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=said,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             start_new_session=True,
         )
     except OSError as error:

@@ -19,7 +19,7 @@ from vfio_vmbus.errors import UnavailableError
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-QUEUE_FRAMES = 2000
+QUEUE_FRAMES = 2000  # that wait in the TAP for its reader; with the default of 500 one fast TCP stream loses some
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,6 +52,7 @@ def enter_namespaces() -> None:
     Raises UnavailableError where that is forbidden. Rules of the maps: user_namespaces(7).
     """
     uid, gid = os.geteuid(), os.getegid()
+    sysctls = read_sysctls()  # now, because a new user namespace has limits of its own
     step = "user namespace"
     try:
         unshare(CLONE_NEWUSER)
@@ -62,7 +63,7 @@ def enter_namespaces() -> None:
         step = "network namespace"
         unshare(CLONE_NEWNET)
     except OSError as error:
-        raise UnavailableError(namespace_refused(step, error.errno or 0, read_sysctls())) from None
+        raise UnavailableError(namespace_refused(step, error.errno or 0, sysctls)) from None
 
 
 def furnish(setup: Setup) -> Tap:

@@ -81,7 +81,7 @@ def ping(dest: str, count: int, interval: float, timeout: float) -> PingResult:
 
 def _send(sock: socket.socket, run: Exchange, sequence: int) -> None:
     try:
-        sock.sendto(run.request(sequence), (run.dest, 0))
+        sock.sendto(run.request(sequence), socket.MSG_DONTWAIT, (run.dest, 0))
     except OSError as error:
         if error.errno in (errno.ENOBUFS, errno.EAGAIN):
             return  # a full queue has dropped it: a lost packet

@@ -58,11 +58,8 @@ def namespace_refused(what: str, number: int, sysctls: Mapping[str, int]) -> str
     kind = "net" if what == "network namespace" else "user"
     if number in (errno.ENOSPC, errno.EUSERS):
         name = f"user.max_{kind}_namespaces"
-        limit = sysctls.get(name)
-        return (
-            f"the {what} is refused: {name} is reached ({'not readable' if limit is None else limit}); "
-            f"as root: sysctl {name}=10000"
-        )
+        here = f" ({sysctls[name]} here)" if name in sysctls else ""
+        return f"the {what} is refused: the limit {name}{here} is reached; as root: sysctl {name}=10000"
     if number in (errno.EPERM, errno.EACCES):
         return f"the {what} is refused: {_forbidden_by(sysctls)}"
     if number == errno.EINVAL:

@@ -1,4 +1,4 @@
-"""The process that lives in a lab's namespace: `python -m vfio_vmbus.apps.lab.worker PARENT`.
+"""The process that lives in a lab's namespace: a fresh Python that calls `main`, see `Namespace`.
 
 Standard input is its socket. The main thread does nothing but take requests, so it sees the end of its
 parent's socket, whatever else runs; then the process exits, and the namespace and the interface go with it.
@@ -8,12 +8,11 @@ import array
 import os
 import signal
 import socket
-import sys
 import threading
 import traceback
 
 from vfio_vmbus.apps.lab import messages
-from vfio_vmbus.apps.lab.http import download, serve_body
+from vfio_vmbus.apps.lab.download import download, serve_body
 from vfio_vmbus.apps.lab.messages import Failure, Progress, Ready, Reply, Request, Setup
 from vfio_vmbus.apps.lab.namespace import enter_namespaces, exit_with, furnish
 from vfio_vmbus.apps.lab.ping import ping
@@ -58,20 +57,19 @@ def answer(request: Request, reply: socket.socket) -> None:
 
 
 def _outcome(request: Request, reply: socket.socket) -> Reply:
-    what = type(request).__name__
     try:
         return perform(request, reply)
     except VfioVmbusError as error:
         return Failure.of(error)
     except (BrokenPipeError, ConnectionResetError) as error:
-        return Failure.of(PeerError(f"{what}: the other end closed the connection: {error.strerror}"))
+        return Failure.of(PeerError(f"{request}: the other end closed the connection: {error.strerror}"))
     except ConnectionRefusedError as error:
-        return Failure.of(RefusedError(f"{what}: {error.strerror}: nobody listens there"))
+        return Failure.of(RefusedError(f"{request}: {error.strerror}: nobody listens there"))
     except OSError as error:
-        return Failure.of(PeerError(f"{what}: {error.strerror or error}"))
+        return Failure.of(PeerError(f"{request}: {error.strerror or error}"))
     except Exception as error:
         traceback.print_exc()
-        return Failure.of(LocalError(f"{what} failed in the lab's worker: {error!r}"))
+        return Failure.of(LocalError(f"{request} failed in the lab's worker: {error!r}"))
 
 
 def _send(reply: socket.socket, message: Reply, *fds: int) -> None:
@@ -87,8 +85,9 @@ def receive(control: socket.socket) -> tuple[Request, socket.socket] | None:
     return messages.decode_request(data), socket.socket(fileno=fds[0])
 
 
-def main() -> None:
-    exit_with(int(sys.argv[1]))
+def main(parent: int) -> None:
+    """Serves until `parent`, the process that started this one, is gone or closes its socket."""
+    exit_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
     control = socket.socket(fileno=0)
     while (received := receive(control)) is not None:
@@ -99,7 +98,3 @@ def main() -> None:
         else:
             threading.Thread(target=answer, args=(request, reply), daemon=True).start()
     os._exit(0)  # without waiting for what still runs
-
-
-if __name__ == "__main__":
-    main()

@@ -36,12 +36,11 @@ _L4_SUCCEEDED = 0b011000
 
 
 @inline
-def wanted(nic: Any, frame: int) -> bool:
-    """Does the guest's packet filter let this frame in?"""
+def wanted(nic: Any, low: int) -> bool:
+    """Does the guest's packet filter let a frame for this address (48 bits, in memory order) in?"""
     accept = nic.filter
     if accept & FILTER_PROMISCUOUS != 0:
         return True
-    low = load64(frame) & 0xFFFFFFFFFFFF
     if low == 0xFFFFFFFFFFFF:
         return accept & FILTER_BROADCAST != 0
     if low & 1 != 0:
@@ -91,7 +90,7 @@ def deliver(nic: Any, ring: Any, table: int, count: int) -> int:
     last = -1
     while done < count and ranges < MAX_RANGES:
         source = frame_at(table + done * FRAME_SIZE)
-        if source.size > nic.longest or not wanted(nic, source.address):
+        if source.size > nic.longest or not wanted(nic, source.destination):
             nic.filtered += 1
             done += 1
             continue

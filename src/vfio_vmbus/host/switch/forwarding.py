@@ -6,11 +6,11 @@ was read goes into the frame table, and everything behind this works with that.
 
 from __future__ import annotations
 
+from ...dataplane.worker import BUSY, attention, control_at, scratch_of, sleep
 from ...memory.access import inline, load64, pause
 from ...memory.kernel import kernel
 from ...memory.libc import clock_ns
 from ..frames import ADDRESSES, FRAME_SIZE, frame_at
-from ..worker import BUSY, attention, control_at, scratch_of, sleep
 from .capture import capture_take
 from .fdb import fdb_learn, fdb_lookup
 from .ports import port_deliver, port_finish, port_poll, ports_arm, ports_due

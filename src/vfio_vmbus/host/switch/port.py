@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ...dataplane.worker import Worker
 from ...errors import UsageError
 from ...memory.block import Block
-from ..worker import Worker
 from .state import CAPTURE, GENERATOR, NIC, REPLAY, SINK, TAP
 
 KINDS = {TAP: "tap", GENERATOR: "generator", SINK: "sink", REPLAY: "replay", CAPTURE: "capture", NIC: "nic"}

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...dataplane.worker import SPIN_NS, Worker
 from ...errors import ClosedError, UsageError
 from ...memory.block import Block
 from ..frames import BURST, FRAME, mac_value
-from ..worker import SPIN_NS, Worker
 from .capture_file import MAX_SNAPLEN, CaptureFile
 from .fdb import fdb_pin
 from .forwarding import switch_run

@@ -65,7 +65,8 @@ class Server(ThreadingHTTPServer):
 
 
 def download(url: str, timeout: float, progress: Callable[[int, int], None]) -> Download:
-    """Gets the URL within `timeout` seconds; calls progress(bytes so far, bytes in all) ten times a second.
+    """Gets the URL within `timeout` seconds; calls progress(bytes so far, bytes in all) ten times a second
+    and at the end.
 
     Raises WaitTimeout, RefusedError for an answer other than 200, PeerError for a body that ends too early.
     """
@@ -86,10 +87,13 @@ def download(url: str, timeout: float, progress: Callable[[int, int], None]) -> 
 
 
 def _target(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise UsageError(f"URL {url!r}: http://address:port/ is expected")
-    return parts.hostname, parts.port or 80
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, parts.port or 80
+    except ValueError:
+        pass  # a port that is no number
+    raise UsageError(f"URL {url!r}: http://address:port/ is expected")
 
 
 def _read(
@@ -100,21 +104,23 @@ def _read(
     timeout: float,
     progress: Callable[[int, int], None],
 ) -> Download:
-    total = response.length or 0
+    total = response.length
+    if total is None:
+        raise PeerError(f"{url}: an answer without Content-Length")
     digest, done, shown = hashlib.sha256(), 0, begun
-    buffer = memoryview(bytearray(CHUNK))
     while done < total:
         left = begun + timeout - time.perf_counter()
         if left <= 0:
             raise TimeoutError
         if connection.sock is not None:
             connection.sock.settimeout(left)
-        size = response.readinto(buffer)
-        if not size:
+        piece = response.read1(CHUNK)
+        if not piece:
             raise PeerError(f"{url}: the body ended after {done} of {total} bytes")
-        digest.update(buffer[:size])
-        done += size
+        digest.update(piece)
+        done += len(piece)
         if (now := time.perf_counter()) - shown >= PROGRESS_SECONDS:
             progress(done, total)
             shown = now
+    progress(done, total)
     return Download(done, digest.hexdigest(), time.perf_counter() - begun)

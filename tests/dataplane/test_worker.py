@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vfio_vmbus.dataplane.worker import Worker, attention, control_at, sleep
 from vfio_vmbus.errors import UsageError, WaitTimeout
-from vfio_vmbus.host.worker import Worker, attention, control_at, sleep
 from vfio_vmbus.memory.access import viewer
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.kernel import kernel

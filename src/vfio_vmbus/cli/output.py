@@ -1,0 +1,71 @@
+"""What commands print: tables for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """One object (or list) on stdout. Bytes are MAC addresses."""
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.hex(":") if isinstance(value, bytes) else value
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
+    """A table on stdout; columns in `right` (indices) are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else count(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def count(value: Any) -> str:
+    """A number with thousands set apart; anything else as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return value.hex(":") if isinstance(value, bytes) else str(value)
+
+
+class Progress:
+    """A line on stderr, on a terminal only, that says what is going on."""
+
+    def __init__(self, status: Any) -> None:
+        self._status = status
+
+    def say(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Progress]:
+    """Show `text` with a spinner while the block runs."""
+    if not sys.stderr.isatty():
+        yield Progress(None)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as status:
+        yield Progress(status)

@@ -1,0 +1,47 @@
+"""Compiled kernels are kept on disk, apart for each state of the sources, and work where nothing can be kept."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfio_vmbus.memory.kernel import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are never compiled, so nothing is kept")
+
+PROGRAM = """
+from vfio_vmbus.memory.kernel import kernel
+
+@kernel("i8(i8)")
+def double(number):
+    return 2 * number
+
+stats = double.stats
+print(double(21), sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def run(folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    script = folder / "program.py"
+    script.write_text(PROGRAM)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+
+
+def test_the_second_start_compiles_nothing(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first, second = run(tmp_path, cache), run(tmp_path, cache)
+    assert (first.stdout, first.stderr) == ("42 0 1\n", "")
+    assert (second.stdout, second.stderr) == ("42 1 0\n", "")
+    assert len(list(cache.glob("vfio-vmbus/kernels-*/*.nbc"))) == 1
+
+
+def test_without_a_writable_folder_it_warns_and_works(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = run(tmp_path, tmp_path / "file")
+    assert done.stdout.startswith("42 0 ")
+    assert "RuntimeWarning: compiled kernels are not kept" in done.stderr
+    assert "set XDG_CACHE_HOME to a writable folder" in done.stderr
+    assert "Traceback" not in done.stderr
