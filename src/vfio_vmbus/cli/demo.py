@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,20 +30,13 @@ def demo(
     with progress("starting (the first start compiles the data path, some seconds)") as shown:
         from ..demo.run import run
 
-        result = run(mtu, replay=replay, say=lambda text: _say(text, as_json, shown.say))
+        result = run(mtu, replay=replay, step=shown.step, detail=shown.say)
     if as_json:
         print_json(result.as_object())
     else:
         _print(result)
     if not result.held:
         raise typer.Exit(1)
-
-
-def _say(text: str, as_json: bool, update: object) -> None:
-    if callable(update):
-        update(text)
-    if not as_json and not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _print(result: Result) -> None:
