@@ -45,9 +45,8 @@ def _print(result: Result) -> None:
     attacks = [
         (item.name, item.answer, str(item.bytes_touched), "stopped" if item.stopped else "NOT STOPPED") for item in result.attacks
     ]
-    print_table(
-        "Attacks of a second driver on the same host", ("attack", "what happened", "bytes touched", ""), attacks, right=(2,)
-    )
+    title = "Attacks of a second driver on the same host"
+    print_table(title, ("attack", "what the host noticed", "bytes touched", ""), attacks, right=(2,), narrow=1)
     nic = asdict(result.nic)
     print_table("The card", ("property", "value"), [(name.replace("_", " "), nic[name]) for name in nic])
     stopped = sum(item.stopped for item in result.attacks)
