@@ -81,7 +81,7 @@ class Netvsp:
         control_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fill(context, control_fd)
         self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu)
-        self._loop.add_reader(control_fd, self._handle)
+        self._loop.add_reader(control_fd, context.guarded(self._handle))
         self.port = self._switch.add_nic(
             self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
         )
@@ -167,12 +167,16 @@ class Netvsp:
         try:
             later = control.work(_BUDGET)
         except PeerError as error:
-            self.close()
-            control.context.failed(error)
+            self._give_up(control, error)
             return
         self._give_to_worker()
         if later and self._loop is not None and self._retry is None:
-            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
+            self._retry = self._loop.call_later(_RETRY_SECONDS, control.context.guarded(self._reclaim))
+
+    def _give_up(self, control: Control, error: PeerError) -> None:
+        """The guest broke the protocol: its channel is used no more."""
+        self.close()
+        control.context.failed(error)
 
     def _give_to_worker(self) -> None:
         self._nic["owner"] = WORKER
@@ -188,10 +192,14 @@ class Netvsp:
             if self._nic["owner"] == CONTROL:
                 return  # handed over just now: `_handle` is about to run
             self._nic["owner"] = CONTROL
-        flushed = control.flush()
+        try:
+            flushed = control.flush()
+        except PeerError as error:
+            self._give_up(control, error)
+            return
         self._give_to_worker()
         if not flushed and self._loop is not None:
-            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
+            self._retry = self._loop.call_later(_RETRY_SECONDS, control.context.guarded(self._reclaim))
 
 
 _COUNTERS = (
