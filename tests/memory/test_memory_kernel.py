@@ -25,7 +25,8 @@ print(double(21), sum(stats.cache_hits.values()), sum(stats.cache_misses.values(
 
 def run(folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "program.py"
-    script.write_text(PROGRAM)
+    if not script.exists():  # written again it would be newer than what was kept
+        script.write_text(PROGRAM)
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
 

@@ -100,12 +100,12 @@ def _add_port(host: EmbeddedHost, nic: Netvsc, text: str, stack: ExitStack) -> P
         case "tap":
             from ..apps.lab.tap import open_tap
 
-            return switch.add_tap(stack.enter_context(open_tap(argument, mtu=nic.info.mtu)).fd, argument)  # type: ignore[no-any-return]
+            return switch.add_tap(stack.enter_context(open_tap(argument, mtu=nic.info.mtu)).fd, argument)
         case "replay":
-            return switch.add_replay(argument)  # type: ignore[no-any-return]
+            return switch.add_replay(argument)
         case "capture":
-            return switch.add_capture(argument)  # type: ignore[no-any-return]
+            return switch.add_capture(argument)
         case "generator":
-            return switch.add_generator(random_mac(), nic.mac, size=int(argument or 60))  # type: ignore[no-any-return]
+            return switch.add_generator(random_mac(), nic.mac, size=int(argument or 60))
         case _:
-            return switch.add_sink()  # type: ignore[no-any-return]
+            return switch.add_sink()

@@ -12,9 +12,10 @@ _SYSFS = Path("/sys/bus/vmbus/devices")
 
 
 def list_devices(as_json: JsonOption = False) -> None:
-    """List VMBus devices: what --device takes here, and what the kernel has.
+    """List VMBus devices and their isolation.
 
-    Isolation says what keeps a driver in user space inside its own memory; "none" is unsafe.
+    First what --device takes here, then what the kernel has. Isolation says what keeps a driver in user
+    space inside its own memory; "none" is unsafe.
 
     Example: vfio-vmbus list --json
     """

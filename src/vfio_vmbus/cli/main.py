@@ -1,11 +1,14 @@
-"""`vfio-vmbus`: the commands, and what becomes of errors: one line, exit status 2 for wrong use or a machine that cannot, 1 for the rest."""
+"""`vfio-vmbus`: the commands, and what becomes of errors.
+
+One line on stderr; exit status 2 for wrong use or a machine that cannot, 1 for the rest.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,15 +46,32 @@ def _options(
     logging.getLogger("vfio_vmbus").setLevel(logging.DEBUG if debug else logging.ERROR)
 
 
+_WrongUse: Any = typer.BadParameter.__base__
+"""click's UsageError, wherever this version of typer keeps it."""
+
+
 def main() -> None:
     """Run the command line, and exit."""
     try:
-        app()
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except _WrongUse as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
+        where = error.ctx.command_path if error.ctx else "vfio-vmbus"
+        _complain(f"{' '.join(error.format_message().rstrip('.').split())} (see {where} --help)", 2)
     except VfioVmbusError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"vfio-vmbus: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError | UnavailableError) else 1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has had enough: nothing to complain about
+        _complain(str(error), 2 if isinstance(error, UsageError | UnavailableError) else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted", 130)
+    except BrokenPipeError:  # whoever read has had enough: nothing to complain about
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _complain(text: str, status: int) -> None:
+    print(f"vfio-vmbus: {text}", file=sys.stderr)
+    sys.exit(status)

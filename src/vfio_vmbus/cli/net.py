@@ -70,21 +70,27 @@ def tap(
     seconds: SecondsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give the kernel's network stack the card, as a TAP interface. Needs CAP_NET_ADMIN (or a TAP made for you).
+    """Give the card to the kernel's stack, as a TAP.
+
+    Needs CAP_NET_ADMIN, or a TAP made for you (ip tuntap add NAME mode tap user YOU).
 
     Example: vfio-vmbus net tap vm0 --port tap:vm1 --port capture:vm.pcap
     """
     from ..apps.lab.tap import open_tap
 
-    with open_tap(name, mtu=mtu) as interface, progress(_COMPILING) as shown, _stoppable() as stop:
-        with driven_card(device, port, mtu=mtu, poll=poll, mac=interface.mac) as bench:
-            from ..apps.tap import TapBridge
+    with (
+        open_tap(name, mtu=mtu) as interface,
+        progress(_COMPILING) as shown,
+        _stoppable() as stop,
+        driven_card(device, port, mtu=mtu, poll=poll, mac=interface.mac) as bench,
+    ):
+        from ..apps.tap import TapBridge
 
-            with TapBridge(bench.nic, interface, poll=poll) as bridge:
-                elapsed = _wait(stop, seconds, lambda: sum(_frames(bridge.counters())), shown, "passed")
-                bridge.check()
-                result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
-            _report(bench, result, as_json, f"TAP {name}")
+        with TapBridge(bench.nic, interface, poll=poll) as bridge:
+            elapsed = _wait(stop, seconds, lambda: sum(_frames(bridge.counters())), shown, "passed")
+            bridge.check()
+            result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
+        _report(bench, result, as_json, f"TAP {name}")
 
 
 def _frames(counters: Any) -> tuple[int, int]:
@@ -100,7 +106,9 @@ def fwd(
     seconds: SecondsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send every frame back to its sender, MAC addresses swapped, in a compiled loop.
+    """Send every frame back to its sender.
+
+    MAC addresses are swapped, in a compiled loop.
 
     Example: vfio-vmbus net fwd --port generator:64 --seconds 3
     """
@@ -125,7 +133,9 @@ def capture(
     seconds: SecondsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write what the card receives to a pcap file, with times in nanoseconds.
+    """Write what the card receives to a file.
+
+    pcap, with times in nanoseconds; the card listens to everything (promiscuous).
 
     Example: vfio-vmbus net capture out.pcap --port replay:in.pcap --seconds 1
     """
@@ -156,7 +166,9 @@ def replay(
     mtu: MtuOption = 1500,
     as_json: JsonOption = False,
 ) -> None:
-    """Send the frames of a capture through the card, as fast as it takes them.
+    """Send the frames of a capture.
+
+    As fast as the card takes them, or at the pace at which they were recorded.
 
     Example: vfio-vmbus net replay in.pcap --port capture:out.pcap
     """
@@ -192,7 +204,9 @@ def bench(
     poll: PollOption = "adaptive",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the card of an embedded host: driver to host to sink, and generator to host to driver.
+    """Measure the card: sending, receiving.
+
+    Driver to host to sink, and generator to host to driver, on the embedded host.
 
     Example: vfio-vmbus net bench --size 64 --size 1500 --seconds 2
     """

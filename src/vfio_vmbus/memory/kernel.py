@@ -60,16 +60,18 @@ def cache_folder() -> Path | None:
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
-    """Tells Numba where the cache is, and that its folder's name already stands for the sources' state."""
+    """Tells Numba where the cache is. The folder's name stands for this package's state, the stamp for the kernel's own file."""
 
     def __init__(self, py_file: str) -> None:
         self._py_file = py_file
+        status = os.stat(py_file)
+        self._stamp = (status.st_size, status.st_mtime_ns)
 
     def get_cache_path(self) -> str:
         return str(cache_folder())
 
-    def get_source_stamp(self) -> str:
-        return _fingerprint()
+    def get_source_stamp(self) -> tuple[int, int]:
+        return self._stamp
 
     def get_disambiguator(self) -> str:
         return hashlib.sha256(self._py_file.encode()).hexdigest()[:10]

@@ -103,13 +103,12 @@ def _note(row: Any, header: int, place: int, offset: int) -> None:
     row.header = packet_offset(header)
 
 
-@kernel("i8(i8, i8, i8, i8, i8)")
-def send_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
+@inline
+def send_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> int:
     """Send `count` rows; how many were sent: fewer when the ring is full. Minus (row + 1) for a row that cannot be.
 
     The rows before an impossible one are sent; it and those behind it are not.
     """
-    ring = ring_at(ring_address)
     sent = 0
     while sent < count:
         row = packet_at(table + sent * _ROW)
@@ -123,13 +122,12 @@ def send_burst(ring_address: int, memory: int, limit: int, table: int, count: in
     return sent
 
 
-@kernel("i8(i8, i8, i8, i8, i8)")
-def receive_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
+@inline
+def receive_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> int:
     """Copy up to `count` packets into `memory`, one behind the other, and give their space back; how many.
 
     Stops early at a packet that does not fit into the rest of `limit` bytes, and at the first that breaks a rule.
     """
-    ring = ring_at(ring_address)
     received = 0
     used = 0
     while received < count and in_ready(ring):
@@ -148,6 +146,18 @@ def receive_burst(ring_address: int, memory: int, limit: int, table: int, count:
         received += 1
     in_commit(ring)
     return received
+
+
+@kernel("i8(i8, i8, i8, i8, i8)")
+def send_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
+    """`send_rows`, called from Python."""
+    return send_rows(ring_at(ring_address), memory, limit, table, count)
+
+
+@kernel("i8(i8, i8, i8, i8, i8)")
+def receive_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
+    """`receive_rows`, called from Python."""
+    return receive_rows(ring_at(ring_address), memory, limit, table, count)
 
 
 @kernel("i8(i8, i8, i8)")

@@ -243,11 +243,11 @@ class HostChannels:
         gpadl = channel.gpadls.get(message.ring_gpadl)
         if gpadl is None or channel.gpadl_view(gpadl) is not GpadlView.READY:
             return f"GPADL {message.ring_gpadl:#x} is not a ready one of this channel"
-        if gpadl.ring_pages < 2 * MIN_RING_PAGES:
-            return f"GPADL {gpadl.handle:#x} has {gpadl.ring_pages} whole pages, two rings need {2 * MIN_RING_PAGES}"
-        last = gpadl.ring_pages - MIN_RING_PAGES
-        if not MIN_RING_PAGES <= message.downstream_page_offset <= last:
-            return f"downstream ring at page {message.downstream_page_offset}, need {MIN_RING_PAGES}..{last}"
+        if not MIN_RING_PAGES <= message.downstream_page_offset <= gpadl.ring_pages - MIN_RING_PAGES:
+            return (
+                f"downstream ring at page {message.downstream_page_offset} of {gpadl.ring_pages} whole pages; "
+                f"each ring needs {MIN_RING_PAGES}"
+            )
         return ""
 
     def _vp_problem(self, target_vp: int, *, may_disable: bool) -> str:

@@ -11,9 +11,8 @@ import struct
 from dataclasses import dataclass
 from types import TracebackType
 
-from ...channel.device import SharedBuffer, VmbusDevice
+from ...channel.device import READ, WRITE, SharedBuffer, VmbusDevice
 from ...errors import ProtocolError, RefusedError, UsageError
-from ...iommu.translation import READ, WRITE
 from ...wire import ndis, nvsp, oid, rndis
 from ...wire.guids import CLASS_NETWORK
 from ...wire.ring import PACKET_INBAND, Packet

@@ -9,10 +9,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ...channel.device import Channel, SharedBuffer
+from ...channel.device import Channel, DmaBuffer, SharedBuffer
 from ...dataplane.rndis import MESSAGE_RULES, PARSED
 from ...errors import UsageError
-from ...iommu.dma import DmaBuffer
 from ...memory.block import Block
 from ...wire.gpa import PAGE_SIZE, PageRange, pages_spanned
 from ...wire.ring import Packet

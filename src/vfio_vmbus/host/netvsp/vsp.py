@@ -86,14 +86,10 @@ class Netvsp:
         control_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fill(context, control_fd)
         self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu)
-        self._loop.add_reader(control_fd, self._handle)
-        try:
-            self.port = self._switch.add_nic(
-                self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
-            )
-        except BaseException:
-            self.close()
-            raise
+        self._loop.add_reader(control_fd, context.guarded(self._handle))
+        self.port = self._switch.add_nic(
+            self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
+        )
 
     def close(self) -> None:
         """Pull the plug: when this returns no kernel and no handler touches the channel's memory."""
@@ -175,7 +171,7 @@ class Netvsp:
     def _work(self, control: Control, step: Callable[[], bool]) -> None:
         """One step of the control plane, which owns the record; `step` says whether answers wait for room.
 
-        Whatever goes wrong on account of the guest ends its use of the channel, and nothing else.
+        What goes wrong on account of the guest ends its use of the channel, and nothing else.
         """
         try:
             later = step()
@@ -189,7 +185,7 @@ class Netvsp:
         if not later:
             self._delay = _RETRY_SECONDS
         elif self._retry is None and self._loop is not None:
-            self._retry = self._loop.call_later(self._delay, self._reclaim)
+            self._retry = self._loop.call_later(self._delay, control.context.guarded(self._reclaim))
             self._delay = min(2 * self._delay, _LONGEST_RETRY_SECONDS)
 
     def _reclaim(self) -> None:

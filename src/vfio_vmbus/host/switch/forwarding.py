@@ -13,7 +13,7 @@ from ...memory.libc import clock_ns
 from ..frames import ADDRESSES, FRAME_SIZE, frame_at
 from .capture import capture_take
 from .fdb import fdb_learn, fdb_lookup
-from .ports import port_deliver, port_end, port_poll, ports_awake, ports_due
+from .ports import port_deliver, port_finish, port_poll, ports_arm, ports_due
 from .state import (
     CAPTURE,
     FILTERED,
@@ -36,6 +36,8 @@ CLOCK_ROUNDS = 64
 """The clock is read once in so many rounds."""
 LOOKS = 16
 """Empty rounds between two looks at the clock."""
+LONGEST_SLEEP = 60_000
+"""Milliseconds."""
 MILLISECOND = 1_000_000
 
 
@@ -161,7 +163,7 @@ def switch_round(address: int) -> int:
         count = port_poll(place, switch.frames, switch.now)
         if count > 0:
             switch_forward(address, index, count)
-            port_end(place)
+            port_finish(place)
             work += count
     switch.rounds += 1
     return work
@@ -171,12 +173,11 @@ def switch_round(address: int) -> int:
 def _rest(address: int) -> None:
     """Nothing to do: sleep until a port or the worker's owner has something, or the next paced frame is due."""
     switch = switch_at(address)
-    due = ports_due(address, switch.now)
-    if due > switch.now:
-        wait = min((due - switch.now) // MILLISECOND, 60_000)
-        if wait > 0:  # less than epoll_wait can express is spent looking
+    wait = min((ports_due(address, switch.now) - switch.now) // MILLISECOND, LONGEST_SLEEP)
+    if wait > 0:  # less than epoll_wait can express is spent looking
+        if ports_arm(address, 1) == 0:
             sleep(switch.control, wait)
-    ports_awake(address)
+        ports_arm(address, 0)
     switch.now = clock_ns(scratch_of(switch.control))
 
 
