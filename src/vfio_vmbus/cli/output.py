@@ -32,11 +32,18 @@ def print_table(
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    cells = [[cell if isinstance(cell, str) else count(cell) for cell in row] for row in rows]
     for index, name in enumerate(columns):
-        cut = index == narrow
-        table.add_column(name, justify="right" if index in right else "left", overflow="ellipsis" if cut else "fold", no_wrap=cut)
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else count(cell) for cell in row))
+        justify: Any = "right" if index in right else "left"
+        if narrow is None:
+            table.add_column(name, justify=justify, overflow="fold")
+        elif index == narrow:
+            table.add_column(name, justify=justify, overflow="ellipsis", no_wrap=True)
+        else:
+            widest = max((len(row[index]) for row in cells), default=0)
+            table.add_column(name, justify=justify, no_wrap=True, min_width=max(widest, len(name)))
+    for row in cells:
+        table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
