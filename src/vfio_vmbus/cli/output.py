@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-
 _PADDING = 3
 """Columns of the terminal that a table puts around each of its own."""
 
@@ -41,7 +40,7 @@ def print_table(
     widths = [max((len(row[index]) for row in cells), default=0) for index in range(len(columns))]
     widths = [max(width, len(name)) for width, name in zip(widths, columns, strict=True)]
     if narrow is not None:
-        others = sum(widths) - widths[narrow] + _PADDING * len(columns)
+        others = sum(widths) - widths[narrow] + _PADDING * len(columns) + 1
         widths[narrow] = max(min(widths[narrow], console.width - others), len(columns[narrow]))
     for index, name in enumerate(columns):
         cut = index == narrow
