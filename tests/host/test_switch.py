@@ -161,6 +161,32 @@ def test_a_port_bound_to_an_address_keeps_it_whoever_claims_it(switch: Switch) -
     close_all(switch, [owner, thief, third])
 
 
+@pytest.mark.parametrize("before", ["unknown", "elsewhere", "forgotten"])
+def test_what_one_frame_of_a_burst_teaches_the_next_one_knows(switch: Switch, before: str) -> None:
+    left, right, third = Station(switch), Station(switch), Station(switch)
+    now = 10**12
+    if before != "unknown":
+        (right if before == "elsewhere" else left).send(frame(B, C))
+        step(switch, now)
+        now += 400 * 10**9 if before == "forgotten" else 0
+    for station in (left, right, third):
+        station.received()
+    left.send(frame(A, B, mark=1), frame(B, B, mark=2), frame(A, B, mark=3))
+    step(switch, now)
+    assert right.received() == [frame(A, B, mark=1)]
+    assert third.received() == ([] if before == "elsewhere" else [frame(A, B, mark=1)])
+    assert left.port.counters().filtered == 2
+    close_all(switch, [left, right, third])
+
+
+def test_addresses_of_one_maker_do_not_crowd_each_other_out(switch: Switch) -> None:
+    switch.state["now"] = 10**12
+    for number in range(1000):
+        fdb_learn(switch.state.address, mac_value(b"\x00\x15\x5d" + number.to_bytes(3, "big")), 1)
+    assert switch.state["evicted"] == 0
+    assert (switch._entries.array["port"] == 1).sum() == 1000
+
+
 def test_a_closed_socket_is_an_error_that_is_not_repeated_all_the_time(switch: Switch) -> None:
     left, right, third = Station(switch), Station(switch), Station(switch)
     right.close()
@@ -258,4 +284,17 @@ def test_a_datagram_socket_will_do_for_a_tap(switch: Switch) -> None:
         mine.send(frame(A, B))
         step(switch)
         assert station.received() == [frame(A, B)]
+    station.close()
+
+
+def test_a_descriptor_can_be_a_port_again() -> None:
+    with Switch() as switch:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        station = Station(switch)
+        with mine, theirs:
+            for number in range(3):
+                port = switch.add_tap(theirs.fileno())
+                mine.send(frame(A, B, mark=number))
+                assert station.receive() == frame(A, B, mark=number)
+                switch.remove(port)
     station.close()
