@@ -1,12 +1,13 @@
 """A PCI function of this process as a VFIO device: what a socket or the kernel carries elsewhere is a call here.
 
-The function lives on its host's loop; `run` carries a call there and brings the answer back. Memory is mapped anew for the
-function (it never sees the driver's pointers), and goes through its domain like anybody's.
+The function lives on its host's loop; `run` carries a call there and brings the answer back (ClosedError when that loop has ended).
+Memory is mapped anew for the function (it never sees the driver's pointers), and goes through its domain like anybody's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError
@@ -95,11 +96,14 @@ class InProcessDevice(Device):
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._call(self._give_back)
+            with suppress(ClosedError):  # a host that has gone has taken everything back
+                self._call(self._give_back)
 
     def _give_back(self) -> None:
-        self.function.release()
-        self._released()
+        try:
+            self.function.release()
+        finally:
+            self._released()
 
     def _run(self, call: Callable[[], T]) -> T:
         if not self._open:
