@@ -23,24 +23,35 @@ print(double(21), sum(stats.cache_hits.values()), sum(stats.cache_misses.values(
 """
 
 
-def run(folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    script = folder / "program.py"
-    script.write_text(PROGRAM)
+def run(script: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
 
 
-def test_the_second_start_compiles_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def test_the_second_start_compiles_nothing(script: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, second = run(tmp_path, cache), run(tmp_path, cache)
+    first, second = run(script, cache), run(script, cache)
     assert (first.stdout, first.stderr) == ("42 0 1\n", "")
     assert (second.stdout, second.stderr) == ("42 1 0\n", "")
     assert len(list(cache.glob("vfio-vmbus/kernels-*/*.nbc"))) == 1
 
 
-def test_without_a_writable_folder_it_warns_and_works(tmp_path: Path) -> None:
+def test_a_changed_file_is_compiled_anew(script: Path, tmp_path: Path) -> None:
+    assert run(script, tmp_path).stdout == "42 0 1\n"
+    script.write_text(PROGRAM.replace("2 * number", "number + number + 1"))
+    assert run(script, tmp_path).stdout == "43 0 1\n"
+
+
+def test_without_a_writable_folder_it_warns_and_works(script: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    done = run(tmp_path, tmp_path / "file")
+    done = run(script, tmp_path / "file")
     assert done.stdout.startswith("42 0 ")
     assert "RuntimeWarning: compiled kernels are not kept" in done.stderr
     assert "set XDG_CACHE_HOME to a writable folder" in done.stderr
