@@ -16,18 +16,20 @@ import numpy as np
 from vfio_vmbus.channel.offered import open_device
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.frames import BURST, FRAME, mac_value
+from vfio_vmbus.host.netvsp.state import NIC
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.host.switch.ports import port_deliver, port_finish, port_poll
-from vfio_vmbus.host.switch.state import PORT_SIZE
+from vfio_vmbus.host.switch.state import PORT, PORT_SIZE
 from vfio_vmbus.iommu.dma import DmaBuffer
 from vfio_vmbus.iommu.translation import READ
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.mapping import PAGE
-from vfio_vmbus.testing.attacker import Attacker
+from vfio_vmbus.testing.attacker import Attacker, marked_message
 from vfio_vmbus.wire import nvsp
 from vfio_vmbus.wire.frame import Frame, parse_packet
 from vfio_vmbus.wire.ring import PACKET_COMPLETION, PACKET_XFER_PAGES, Packet
 
+_STATE_AT: int = PORT.fields["state"][1]  # type: ignore[index]
 MAC = bytes.fromhex("00155d0a0b0c")
 
 
@@ -55,6 +57,9 @@ class Card:
         raw = (ctypes.c_uint8 * (BURST * FRAME.itemsize)).from_address(self._address)
         self._table = np.frombuffer(raw, FRAME)
         self._memory = Block("u1", BURST * 9216)
+        state = np.frombuffer((ctypes.c_int64).from_address(self._port + _STATE_AT), np.int64)
+        self.record: Any = np.frombuffer((ctypes.c_uint8 * NIC.itemsize).from_address(int(state[0])), NIC)[0]
+        """The NIC record that the kernels share with the control plane."""
 
     def poll(self) -> list[tuple[bytes, int]]:
         """All frames that the guest sent, as (bytes, flags), however many polls that takes."""
@@ -69,17 +74,25 @@ class Card:
             idle = 0 if count else idle + 1
         return frames
 
-    def deliver(self, frames: list[tuple[bytes, int]]) -> None:
-        """Give frames, as (bytes, flags), to the guest, a burst of the switch's at most."""
+    def deliver(self, frames: list[tuple[bytes, int]], rewritten: bytes = b"") -> None:
+        """Give frames, as (bytes, flags), to the guest, a burst of the switch's at most.
+
+        rewritten: what their sender makes of their beginning once the switch has looked.
+        """
         at = 0
         for index, (data, flags) in enumerate(frames):
             self._memory.array[at : at + len(data)] = np.frombuffer(data, np.uint8)
             row = self._table[index]
             row["address"], row["size"], row["flags"] = self._memory.address + at, len(data), flags
             row["destination"], row["source"] = mac_value(data[:6]), mac_value(data[6:12])
+            self._memory.array[at : at + len(rewritten)] = np.frombuffer(rewritten, np.uint8)
             at += len(data)
         longest = max(len(data) for data, _ in frames)
         port_deliver(self._port, self._address, len(frames), at, longest)
+
+    def message(self) -> bytes:
+        """A frame of the guest's as an RNDIS message."""
+        return marked_message(self.guest.mac)
 
     def packets(self) -> list[Packet]:
         """All that the card put into the guest's ring."""
@@ -117,5 +130,9 @@ def card(**options: Any) -> Iterator[Card]:
         with open_device(host.attach(nic)) as device:
             guest = Attacker(device, **options)
             pages = device.dma_buffer(256 * PAGE, READ, "pages")
+            made = Card(host, nic, guest, pages)
+            guest.nic.queue.rx_burst()  # gives the section of the last answer back
             with host.switch.worker.paused():
-                yield Card(host, nic, guest, pages)
+                made.poll()
+                assert made.record["free_count"] == made.record["receive_sections"]
+                yield made
