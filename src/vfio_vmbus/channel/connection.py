@@ -232,6 +232,7 @@ class VmbusConnection:
     def _check_alive(self) -> None:
         """Raise RefusedError when the function has failed."""
         if self._bar0.read32(reg.REG_STATUS) & reg.STATUS_FAILED:
+            self._timed_out = True  # nothing will come any more, so nothing is waited for in cleaning up
             error = self._bar0.read32(reg.REG_ERROR)
             raise RefusedError(f"the host stopped the connection: {reg.ERRORS.get(error, 'for no known reason')}", error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import Self
 from uuid import UUID
 
 from ..iommu.dma import DmaBuffer
@@ -79,7 +80,7 @@ class VmbusDevice(ABC):
     def close(self) -> None:
         """Close channels, buffers and the way to the device."""
 
-    def __enter__(self) -> VmbusDevice:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

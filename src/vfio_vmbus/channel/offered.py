@@ -126,7 +126,7 @@ class OfferedDevice(VmbusDevice):
         return part
 
 
-def open_device(device: Device, class_guid: UUID | None = None) -> VmbusDevice:
+def open_device(device: Device, class_guid: UUID | None = None) -> OfferedDevice:
     """Connect over `device` and take the first device offered (of the class, if one is given). Closing it closes all of that.
 
     `device` is closed at once when this raises: as VmbusConnection does, and RefusedError when nothing of the class is offered.

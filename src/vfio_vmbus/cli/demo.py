@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +30,7 @@ def demo(
     with progress("starting (the first start compiles the data path, some seconds)") as shown:
         from ..demo.run import run
 
-        result = run(mtu, replay=replay, say=lambda text: _say(text, as_json, shown.say))
+        result = run(mtu, replay=replay, step=shown.step, detail=shown.say)
     if as_json:
         print_json(result.as_object())
     else:
@@ -40,22 +39,14 @@ def demo(
         raise typer.Exit(1)
 
 
-def _say(text: str, as_json: bool, update: object) -> None:
-    if callable(update):
-        update(text)
-    if not as_json and not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
-
-
 def _print(result: Result) -> None:
     rows = [(check.name, check.value, "held" if check.held else "FAILED") for check in result.checks]
     print_table("Traffic of the kernel's TCP/IP stack through the card", ("what", "measured", ""), rows)
     attacks = [
         (item.name, item.answer, str(item.bytes_touched), "stopped" if item.stopped else "NOT STOPPED") for item in result.attacks
     ]
-    print_table(
-        "Attacks of a second driver on the same host", ("attack", "what happened", "bytes touched", ""), attacks, right=(2,)
-    )
+    title = "Attacks of a second driver on the same host"
+    print_table(title, ("attack", "what the host noticed", "bytes touched", ""), attacks, right=(2,), narrow=1)
     nic = asdict(result.nic)
     print_table("The card", ("property", "value"), [(name.replace("_", " "), nic[name]) for name in nic])
     stopped = sum(item.stopped for item in result.attacks)

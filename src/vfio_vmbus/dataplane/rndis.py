@@ -83,7 +83,7 @@ def _read_info(out: Any, base: int, start: int, size: int) -> int:
             return BAD_PPI
         lengths = load64(base + at)
         length = lengths & 0xFFFFFFFF
-        kind = (lengths >> 32) & 0x7FFFFFFF
+        kind = (lengths >> 32) & 0xFFFFFFFF  # the top bit marks internal kinds, which have numbers of their own
         offset = load32(base + at + 8)
         if length < 12 or length > end - at or offset < 12 or offset > length:
             return BAD_PPI

@@ -7,17 +7,21 @@ import hashlib
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import dpkt
 
-from ..channel.offered import open_device
-from ..drivers.netvsc.driver import Netvsc, NicInfo
+from ..channel.offered import OfferedDevice, open_device
+from ..drivers.netvsc.driver import Netvsc
 from ..errors import WaitTimeout
 from ..host.embedded import EmbeddedHost
 
 FRAMES = 20_000
+PACE = 50_000.0
+"""Frames a second: less than a driver in plain Python takes."""
 SECONDS = 20.0
 
 
@@ -44,18 +48,34 @@ def write_capture(path: Path, destination: bytes, count: int) -> str:
     return digest.hexdigest()
 
 
-def replayed(host: EmbeddedHost) -> tuple[Replayed, NicInfo]:
-    """Send such a file through a card and compare; and what the card was. Raises WaitTimeout when it does not all come."""
-    vsp = host.add_nic("nic0")
-    with tempfile.TemporaryDirectory() as folder, open_device(host.attach(vsp, name="embedded:nic0")) as device:
+@dataclass(frozen=True)
+class ReplayStage:
+    """A host and a card that this process drives."""
+
+    host: EmbeddedHost
+    device: OfferedDevice
+    nic: Netvsc
+
+
+@contextmanager
+def replay_stage() -> Iterator[ReplayStage]:
+    """Set it up."""
+    with ExitStack() as stack:
+        host = stack.enter_context(EmbeddedHost())
+        device = stack.enter_context(open_device(host.attach(host.add_nic("nic0"), name="embedded:nic0")))
+        yield ReplayStage(host, device, stack.enter_context(Netvsc(device)))
+
+
+def replayed(on: ReplayStage) -> Replayed:
+    """Send such a file through the card and compare. Raises WaitTimeout when it does not all come."""
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frames.pcap"
-        expected = write_capture(path, vsp.mac, FRAMES)
-        with Netvsc(device) as nic:
-            port = host.switch.add_replay(path, pace=100_000.0)
-            digest = hashlib.sha256()
-            received = _receive(nic, FRAMES, digest)
-            host.switch.remove(port)
-            return Replayed(FRAMES, received, digest.hexdigest() == expected), nic.info
+        expected = write_capture(path, on.nic.mac, FRAMES)
+        port = on.host.switch.add_replay(path, pace=PACE)
+        digest = hashlib.sha256()
+        received = _receive(on.nic, FRAMES, digest)
+        on.host.switch.remove(port)
+    return Replayed(FRAMES, received, digest.hexdigest() == expected)
 
 
 def _receive(nic: Netvsc, count: int, digest: hashlib._Hash) -> int:

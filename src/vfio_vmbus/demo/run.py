@@ -9,11 +9,12 @@ from typing import Any
 
 from ..apps.lab import probe
 from ..drivers.netvsc.driver import NicInfo
-from ..host.embedded import EmbeddedHost
 from . import traffic
 from .attack import Outcome, attack_all
-from .replayed import Replayed, replayed
+from .replayed import Replayed, replay_stage, replayed
 from .stage import stage
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,41 +88,43 @@ class Result:
         }
 
 
-def run(mtu: int, *, replay: bool = False, say: Callable[[str], None] = lambda text: None) -> Result:
-    """Tell it all. `say` gets a line for each step. Raises VfioVmbusError when a step cannot be done at all."""
+def _silent(text: str) -> None:
+    """Nobody listens."""
+
+
+def run(mtu: int, *, replay: bool = False, step: Say = _silent, detail: Say = _silent) -> Result:
+    """Tell it all. `step` gets a line for each step, `detail` how far it is. Raises VfioVmbusError when a step cannot be done at all."""
     why = "not wanted" if replay else probe()
     if why is not None:
-        say(f"no namespaces ({why}): replaying a capture instead")
-        return _without_lab(why, say)
-    return _with_lab(mtu, say)
+        step(f"no namespaces ({why}): replaying a capture instead")
+        return _without_lab(why, step, detail)
+    return _with_lab(mtu, step, detail)
 
 
-def _with_lab(mtu: int, say: Callable[[str], None]) -> Result:
+def _with_lab(mtu: int, step: Say, detail: Say) -> Result:
     start = time.monotonic()
     with stage(mtu) as on:
-        say("ping through the card")
+        step("ping through the card")
         pinged = traffic.ping(on.left, on.right)
-        say("HTTP download of 64 MiB through the card")
-        total = traffic.DOWNLOAD
+        step(f"HTTP download of {traffic.DOWNLOAD >> 20} MiB through the card")
         fetched = traffic.download(
-            on.left,
-            on.right,
-            total,
-            lambda done, _: say(f"HTTP download: {done >> 20} of {total >> 20} MiB") if done == total else None,
+            on.left, on.right, traffic.DOWNLOAD, lambda done, total: detail(f"HTTP download: {done >> 20} of {total >> 20} MiB")
         )
-        say("TCP through the card")
+        step("TCP through the card")
         rate = traffic.tcp(on.left, on.right, traffic.TCP_SECONDS)
+        step("attacks on the host, while a ping goes on")
         with traffic.Meanwhile(on.left, on.right) as meanwhile:
-            attacks = attack_all(on.host, on.host.nics["nic0"], say)
+            attacks = attack_all(on.host, on.device, detail)
         on.bridge.check()
         during = traffic.Ping(meanwhile.sent, meanwhile.received, None)
         return Result(pinged, fetched, rate, None, during, attacks, on.nic.info, time.monotonic() - start, None)
 
 
-def _without_lab(why: str, say: Callable[[str], None]) -> Result:
+def _without_lab(why: str, step: Say, detail: Say) -> Result:
     start = time.monotonic()
-    with EmbeddedHost() as host:
-        say("replaying a capture through the card")
-        result, info = replayed(host)
-        attacks = attack_all(host, host.nics["nic0"], say)
-        return Result(None, None, None, result, None, attacks, info, time.monotonic() - start, why)
+    with replay_stage() as on:
+        step("a capture through the card")
+        result = replayed(on)
+        step("attacks on the host")
+        attacks = attack_all(on.host, on.device, detail)
+        return Result(None, None, None, result, None, attacks, on.nic.info, time.monotonic() - start, why)

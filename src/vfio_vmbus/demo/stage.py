@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from ..apps.lab import Lab, Namespace
 from ..apps.tap import TapBridge
-from ..channel.device import VmbusDevice
-from ..channel.offered import open_device
+from ..channel.offered import OfferedDevice, open_device
 from ..drivers.netvsc.driver import Netvsc
 from ..host.embedded import EmbeddedHost
-from ..host.netvsp.vsp import Netvsp
-from ..vfio.inprocess import InProcessDevice
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class Stage:
     left: Namespace
     right: Namespace
     host: EmbeddedHost
+    device: OfferedDevice
     nic: Netvsc
     bridge: TapBridge
 
@@ -39,22 +37,4 @@ def stage(mtu: int) -> Iterator[Stage]:
         device = stack.enter_context(open_device(host.attach(vsp, name="embedded:nic0")))
         nic = stack.enter_context(Netvsc(device, mtu=mtu))
         bridge = stack.enter_context(TapBridge(nic, right.tap))
-        yield Stage(left, right, host, nic, bridge)
-
-
-@dataclass(frozen=True)
-class Second:
-    """A second client of the same host, with a card of its own."""
-
-    vsp: Netvsp
-    function: InProcessDevice
-    device: VmbusDevice
-
-
-@contextmanager
-def second_client(host: EmbeddedHost, name: str = "nic1") -> Iterator[Second]:
-    """Attach another card to another client."""
-    vsp = host.add_nic(name)
-    function = host.attach(vsp, name=f"embedded:{name}")
-    with open_device(function) as device:
-        yield Second(vsp, function, device)
+        yield Stage(left, right, host, device, nic, bridge)

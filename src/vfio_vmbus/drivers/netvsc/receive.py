@@ -131,6 +131,8 @@ def rx_release(queue: Any) -> int:
         store64(packet + 16, _SEND_RNDIS_COMPLETE | 1 << 32)
         out_end(ring, _COMPLETION_SIZE)
     out_publish(ring)
+    if ring.broken != 0:
+        queue.attention = 1
     return 1 if queue.done_count == 0 else 0
 
 

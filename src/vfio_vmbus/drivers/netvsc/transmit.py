@@ -38,9 +38,9 @@ def _write_nvsp(at: int, section: int, size: int) -> None:
 
 @inline
 def tx_close(queue: Any) -> None:
-    """Send the section that is being filled, if there is one: its packet's room was kept free when it was opened."""
+    """Send the section that is being filled, if anything is in it: its packet's room was kept free when it was opened."""
     section = queue.open
-    if section < 0:
+    if section < 0 or queue.messages == 0:
         return
     ring = ring_at(queue.outgoing)
     packet = out_begin(ring, _SECTION_PACKET)
@@ -84,7 +84,7 @@ def tx_begin(queue: Any, size: int, checksum: int) -> int:
         queue.slot = -1
     else:
         tx_close(queue)
-        if queue.open >= 0 or queue.pool_free_count == 0 or need > queue.pool_slot:
+        if (queue.open >= 0 and queue.messages > 0) or queue.pool_free_count == 0 or need > queue.pool_slot:
             return 0
         queue.slot = load64(queue.pool_free + (queue.pool_free_count - 1) * 8)
         message = queue.pool + queue.slot * queue.pool_slot

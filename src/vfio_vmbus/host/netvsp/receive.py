@@ -6,9 +6,9 @@ from typing import Any
 
 from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
 from ...memory.access import copy, inline, load64, store64, viewer
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ...ring.primitives import out_begin, out_end
-from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at
+from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at, stamp
 from .state import NIC
 
 nic_at = viewer(NIC)
@@ -59,6 +59,7 @@ def _place(nic: Any, section: int, source: Any) -> int:
     total = room + source.size
     write_header(message, source.size, total, PPI_CHECKSUM, info)
     copy(message + room, source.address, source.size)
+    stamp(message + room, source)
     return total
 
 
@@ -130,7 +131,7 @@ def give_back(nic: Any, transaction: int) -> None:
         section = load64(nic.chain + section * 8)
 
 
-@kernel("void(i8, i8)")
+@step("void(i8, i8)")
 def give_back_one(address: int, transaction: int) -> None:
     """`give_back` for the control plane."""
     give_back(nic_at(address), transaction)

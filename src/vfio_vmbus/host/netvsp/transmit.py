@@ -65,11 +65,14 @@ def _change_on_the_way(nic: Any, frame: Any, checksum: int, vlan: int) -> int:
 
 @inline
 def take_messages(nic: Any, base: int, size: int, table: int, count: int) -> int:
-    """Put the frames of the RNDIS messages in [base, base + size) behind the `count` in `table`. The new count, or -1."""
+    """Put the frames of the RNDIS messages in [base, base + size) behind the `count` in `table`. The new count, or -1.
+
+    There must be one message at least.
+    """
     out = parsed_at(nic.parsed)
     at = 0
     messages = 0
-    while at < size:
+    while at < size or messages == 0:
         rule = parse(nic.parsed, base, at, size, nic.longest)
         messages += 1
         if rule == 0 and messages > nic.max_messages:
@@ -138,7 +141,7 @@ def _resolve(nic: Any, list_at: int, list_size: int, ranges: int) -> int:
                 found += 1
             left -= step
             offset = 0
-    return found
+    return found if at == list_size else -1
 
 
 @inline
