@@ -124,6 +124,29 @@ def _pause() -> Any:
     return pause
 
 
+def _prefetch(write: int) -> Any:
+    if INTERPRETED:
+        return lambda address: None
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def prefetch(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            builder.call(function, [pointer, *(ir.Constant(number, value) for value in (write, 3, 1))])
+            return context.get_dummy_value()
+
+        return types.void(_INT), generate
+
+    return prefetch
+
+
+prefetch = _prefetch(0)
+"""Ask for a cache line that will be read soon. A hint: any address will do, nothing is accessed."""
+prefetch_to_write = _prefetch(1)
+"""Ask for a cache line that will be written soon, so that stores to it need not wait for the other core. A hint, as `prefetch`."""
 fence = _fence()
 """A full barrier (seq_cst), between publishing an index and looking at the other side's."""
 pause = _pause()

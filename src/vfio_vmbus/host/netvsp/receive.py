@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
-from ...memory.access import copy, inline, load64, store64, viewer
+from ...memory.access import copy, inline, load64, prefetch_to_write, store64, viewer
 from ...memory.kernel import step
 from ...ring.primitives import out_begin, out_end
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at, stamp
@@ -20,6 +20,7 @@ RECEIVE_BUFFER_ID = 0xCAFE
 """The pageset that stands for the receive buffer (Linux: NETVSC_RECEIVE_BUFFER_ID)."""
 
 _XFER_PAGES = 7
+_AHEAD = 8
 _WITH_COMPLETION = 1 << 48
 _SEND_RNDIS_PACKET = 107
 _NVSP_SIZE = 40
@@ -99,6 +100,10 @@ def deliver(nic: Any, ring: Any, table: int, count: int) -> int:
             break
         nic.free_count -= 1
         section = load64(nic.free + nic.free_count * 8)
+        if nic.free_count >= _AHEAD:
+            later = nic.receive + load64(nic.free + (nic.free_count - _AHEAD) * 8) * nic.receive_section
+            prefetch_to_write(later)
+            prefetch_to_write(later + 64)
         total = _place(nic, section, source)
         store64(packet + 24 + 8 * ranges, total | (section * nic.receive_section) << 32)
         if ranges == 0:
