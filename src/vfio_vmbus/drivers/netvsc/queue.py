@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ...channel.device import Channel, DmaBuffer, SharedBuffer
 from ...dataplane.rndis import MESSAGE_RULES, PARSED
-from ...errors import UsageError
+from ...errors import ClosedError, UsageError
 from ...memory.block import Block
+from ...ring.state import BAD_MOVE, RING
 from ...wire.gpa import PAGE_SIZE, PageRange, pages_spanned
 from ...wire.ring import Packet
 from . import kernels
@@ -57,6 +58,7 @@ class Queue:
     def __init__(self, channel: Channel, burst: int = BURST) -> None:
         self.channel = channel
         self.burst = burst
+        self._closed = False
         self._state = Block(QUEUE)
         self._received = Block(FRAME, burst)
         # What a loop in Python would pay for in each burst: slices of the table, and numbers that never change.
@@ -123,26 +125,26 @@ class Queue:
     def rx_burst(self, count: int | None = None) -> NDArray[np.void]:
         """Frames received: a table of (address, size, flags, checksum), valid until the next call, at most `burst`.
 
-        Raises RingError when the host broke the ring.
+        Raises RingError when the host broke the ring, ClosedError when the queue is closed.
         """
         capacity = self.burst if count is None or count > self.burst else count
         received: int = kernels.receive_burst(self._address, self._received_address, capacity)
         if received == 0 and self._state["attention"]:
-            self.channel.incoming.check()
+            self._check()
         return self._bursts[received]
 
     def tx_burst(self, table: Block | NDArray[np.void]) -> int:
         """Send copies of the frames in a table as `rx_burst` gives it (or a Block of FRAME rows). How many there was room for.
 
         Every row's memory must be readable: a row of addresses of your own must come from memory that you keep. Raises RingError
-        when the host broke the ring.
+        when the host broke the ring, ClosedError when the queue is closed.
         """
         count = len(table.array if isinstance(table, Block) else table)
         received_here = count <= self.burst and table is self._bursts[count]
         address = self._received_address if received_here else _address_of(table)
         sent: int = kernels.transmit_burst(self._address, address, count)
         if sent < count:
-            self.channel.outgoing.check()
+            self._check()
             kernels.reap(self._address)
         return sent
 
@@ -174,10 +176,13 @@ class Queue:
         """The packet at the ring's head, if it is one for Python. Raises RingError, ProtocolError."""
         if not self._state["attention"]:
             return None
-        self.channel.incoming.check()
-        packet = self.channel.incoming.receive()
+        self._check()
         self._state["attention"] = 0
-        return packet
+        return self.channel.incoming.receive()
+
+    def note_bad_completion(self) -> None:
+        """Count a completion that nothing was waiting for."""
+        self._state["bad_completions"] += 1
 
     def take_slot(self, data: bytes) -> tuple[int, tuple[PageRange, ...]] | None:
         """Put a control message into a free slot, now the host's: its transaction and pages. None while there is none."""
@@ -193,6 +198,24 @@ class Queue:
         self._tables["busy"].array[transaction] = 1
         first = (self._state["pool_iova"] + slot * slot_size) // PAGE_SIZE
         return transaction, (PageRange(len(data), 0, tuple(range(first, first + pages_spanned(len(data), 0)))),)
+
+    def close(self) -> None:
+        """Before the memory goes: whatever is called on this queue from now on finds two ended rings and no buffers."""
+        dead = self._table("dead", RING, 1)
+        self._tables["dead"].array["broken"] = BAD_MOVE
+        self._tables["dead"].array["control"] = self._table("dead control page", np.uint8, PAGE_SIZE)
+        for name, value in {"incoming": dead, "outgoing": dead, "open": -1, "attention": 1}.items():
+            self._state[name] = value
+        for name in ("free_count", "pool_free_count", "done_count", "receive_size"):
+            self._state[name] = 0
+        self._closed = True
+
+    def _check(self) -> None:
+        """Raise RingError when the host broke a ring, ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError(f"channel {self.channel.relid}: its queue is closed")
+        self.channel.incoming.check()
+        self.channel.outgoing.check()
 
     def counters(self) -> Counters:
         """The counters now."""
