@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vfio_vmbus.dataplane.worker import Worker, attention, control_at, sleep
-from vfio_vmbus.errors import ClosedError, UsageError, WaitTimeout
+from vfio_vmbus.errors import UsageError, WaitTimeout
 from vfio_vmbus.memory.access import viewer
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.kernel import kernel
@@ -73,7 +74,7 @@ def test_a_pause_owns_the_state_and_ends(rig: Rig) -> None:
 
 
 def test_an_exception_in_the_block_lets_the_worker_go_on(rig: Rig) -> None:
-    with pytest.raises(ZeroDivisionError), rig.worker.paused():
+    with suppress(ZeroDivisionError), rig.worker.paused():
         rig.state["rounds"] = 0
         raise ZeroDivisionError
     eventually(lambda: rig.rounds > 0, "a round after the pause")
@@ -190,8 +191,9 @@ def test_orders_of_calls_that_cannot_work() -> None:
     with pytest.raises(UsageError, match="started before"):
         rig.worker.start()
     rig.worker.stop()
-    with pytest.raises(ClosedError, match="stopped"), rig.worker.paused():
-        pytest.fail("entered")
+    rig.worker.wake()  # nobody is there to be woken, and its descriptor may be someone else's by now
+    with rig.worker.paused():
+        assert not rig.worker.running, "nor after the end"
     with pytest.raises(UsageError, match="started before"):
         rig.worker.start()
 

@@ -1,7 +1,7 @@
-"""Fuzz one target with atheris, until it fails or is stopped.
+"""Fuzz one target, a function of bytes in a file of this folder, with atheris, until it fails or is stopped.
 
 python -m pip install atheris
-python tests/fuzz/long_run.py FILE TARGET [options of libFuzzer, such as -max_total_time=600, and corpus folders]
+python -m tests.fuzz.long_run FILE TARGET [options of libFuzzer, such as -max_total_time=600, and corpus folders]
 """
 
 import importlib
@@ -19,7 +19,7 @@ def main() -> None:
         raise SystemExit("atheris is not installed: python -m pip install atheris") from None
     file, name, *options = sys.argv[1:]
     with atheris.instrument_imports(include=["vfio_vmbus"]):
-        module = importlib.import_module(file)
+        module = importlib.import_module(f"tests.fuzz.{file}")
     seeds = Path(tempfile.mkdtemp(prefix="seeds-"))
     for index, seed in enumerate(getattr(module, "SEEDS", [])):
         (seeds / str(index)).write_bytes(seed)

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept on disk, apart for each state of the sources, and work where nothing can be kept."""
+"""Compiled kernels are kept on disk, apart for each state of the sources, and work where nothing can be kept; steps of kernels."""
 
 import os
 import subprocess
@@ -56,3 +56,42 @@ def test_without_a_writable_folder_it_warns_and_works(script: Path, tmp_path: Pa
     assert "RuntimeWarning: compiled kernels are not kept" in done.stderr
     assert "set XDG_CACHE_HOME to a writable folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+STEPS = """
+from vfio_vmbus.memory.access import inline
+from vfio_vmbus.memory.kernel import kernel, step
+
+@inline
+def bounded(number, limit):
+    return number % limit if limit else number
+
+@step("i8(i8, i8)")
+def scaled(number, factor):
+    return bounded(number * factor, 1000)
+
+@kernel("i8(i8, i8)")
+def twice(number, factor):
+    return scaled(number, factor) + scaled(number, 2)
+
+print(twice(300, 5), scaled(300, 5), scaled.__name__)
+"""
+
+
+def test_a_step_is_built_into_kernels_and_compiled_by_itself_once_python_calls_it(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    called, uncalled = tmp_path / "called" / "program.py", tmp_path / "uncalled" / "program.py"
+    for script, program in ((called, STEPS), (uncalled, STEPS.replace("scaled(300, 5), scaled", "scaled"))):
+        script.parent.mkdir()
+        script.write_text(program)
+    first = run(uncalled, cache)
+    assert (first.stdout, first.stderr) == ("1100 scaled\n", "")
+    assert [path.name.split("-")[0] for path in cache.rglob("*.nbc")] == ["program.twice"]
+    for _ in range(2):  # the second time out of the cache
+        done = run(called, cache)
+        assert (done.stdout, done.stderr) == ("1100 500 scaled\n", "")
+    assert sorted(path.name.split("-")[0] for path in cache.rglob("*.nbc")) == [
+        "program.scaled",
+        "program.twice",
+        "program.twice",
+    ]

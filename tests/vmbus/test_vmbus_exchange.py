@@ -8,6 +8,7 @@ from vfio_vmbus.vmbus import (
     AllOffersDelivered,
     ChannelOpen,
     ChannelOpened,
+    ChannelView,
     Connected,
     ConnectionRefused,
     GpadlCreate,
@@ -117,6 +118,7 @@ def test_a_channel_lives():
     assert world.host.state is HostState.DISCONNECTED
     assert world.shell.disconnections == 1
     assert world.host.relids == (1,)  # the offer waits for the next guest
+    assert world.host.version is world.guest.version is None
 
 
 def test_no_interrupts():
@@ -314,21 +316,23 @@ def test_reset_ends_silently_and_keeps_the_offers():
 def test_close_ends_everything():
     world = World().start()
     world.open()
-    world.shell.end()
+    contact = World().guest.connect()
+    for finish in (lambda: world.shell.do(world.host.close()), world.shell.end):
+        finish()  # while the shell still stops the channel, and then
+        for command in (world.host.reset, lambda: world.host.offer(nic()), lambda: world.host.receive(contact[0].data)):
+            with pytest.raises(ClosedError):
+                command()
     assert world.shell.released == [1]
     assert world.host.close() == []
-    for command in (world.host.reset, lambda: world.host.offer(nic()), lambda: world.host.receive(bytes(8))):
-        with pytest.raises(ClosedError):
-            command()
 
 
 def test_limits_are_answered():
-    limits = HostLimits(max_gpadls=3, max_gpadl_pages=40, max_total_pages=60, target_vps=4)
+    limits = HostLimits(max_gpadls=3, max_gpadl_pages=40, max_total_pages=56, target_vps=4)
     world = World(limits).start()
     big, sends = world.guest.create_gpadl(1, [whole_pages(range(41))])
     assert world.run(sends) == [GpadlReady(big, 1, wire.STATUS_INSUFFICIENT_RESOURCES)]
     world.gpadl(pages=40)
-    one_more, sends = world.guest.create_gpadl(1, [whole_pages(range(21))])
+    one_more, sends = world.guest.create_gpadl(1, [whole_pages(range(17))])
     assert world.run(sends) == [GpadlReady(one_more, 1, wire.STATUS_INSUFFICIENT_RESOURCES)]
     ring = world.gpadl(pages=8)
     world.gpadl(pages=8)
@@ -346,7 +350,7 @@ def test_a_ring_needs_its_control_page_and_data(offset):
     world = World().start()
     ring = world.gpadl(pages=8)
     assert world.run(world.guest.open_channel(1, ring, offset)) == [ChannelOpened(1, wire.STATUS_INVALID_PARAMETER)]
-    assert f"downstream ring at page {offset}, need 2..6" in world.shell.refused[0]
+    assert f"downstream ring at page {offset} of 8 whole pages" in world.shell.refused[0]
 
 
 @pytest.mark.parametrize(
@@ -364,6 +368,7 @@ def test_gpadl_numbers_wrap_around_and_skip_those_in_use():
     kept = world.gpadl()
     world.guest._next_gpadl = 0xFFFFFFFF
     assert world.gpadl() == 0xFFFFFFFF
+    world.guest._next_gpadl = 0xFFFFFFFF
     assert world.gpadl() == kept + 1
 
 
@@ -425,3 +430,76 @@ def test_the_drivers_own_mistakes_change_nothing():
     guest.open_channel(1, ring, 4)
     with pytest.raises(UsageError, match="no version"):
         World().guest.connect(max_version=1)
+
+
+def test_modify_exists_from_4_1_on():
+    world = World(max_version=wire.VERSION_WIN10_V4_1).start()
+    world.open()
+    world.run(world.guest.modify_channel(1, 2))
+    assert world.shell.modified == [(1, 2)]
+
+
+def test_the_smallest_rings():
+    world = World().start()
+    ring = world.gpadl(pages=4)
+    assert world.run(world.guest.open_channel(1, ring, 2)) == [ChannelOpened(1, 0)]
+
+
+def test_a_handle_is_not_used_again_at_once():
+    world = World().start()
+    first = world.gpadl()
+    world.run(world.guest.teardown_gpadl(first))
+    assert world.gpadl() == first + 1
+
+
+@pytest.mark.parametrize("end", ["rescind", "reset", "unload"])
+def test_a_reopening_that_is_overtaken_does_not_happen(end):
+    world = World().start()
+    ring = world.open()
+    world.post(world.guest.close_channel(1) + world.guest.open_channel(1, ring, 4))
+    world.deliver_to_host()
+    world.deliver_to_host()
+    assert world.host.channel_view(1) is ChannelView.REOPENING
+    if end == "rescind":
+        world.shell.do(world.host.rescind(1))
+    elif end == "reset":
+        world.shell.do(world.host.reset())
+    else:
+        world.post(world.guest.unload())
+        world.deliver_to_host()
+    world.shell.answer_all()
+    assert world.shell.running == world.shell.mapped == {}
+    assert world.host.open_relids == ()
+
+
+def test_a_reset_overtakes_answers_that_are_due():
+    world = World().start()
+    handle = world.gpadl()
+    world.post(world.guest.teardown_gpadl(handle))
+    world.deliver_to_host()
+    world.shell.do(world.host.reset())
+    world.shell.answer_all()
+    assert list(world.shell.sent) == []
+
+
+def test_rescind_of_one_channel_leaves_the_gpadls_of_others():
+    world = World().start(nic(1), nic(2))
+    (first, a), (second, b) = (world.guest.create_gpadl(relid, [whole_pages(range(30))]) for relid in (1, 2))
+    world.post([a[0], b[0]])
+    world.deliver_to_host()
+    world.deliver_to_host()
+    world.shell.do(world.host.rescind(1))
+    events = world.run([a[1], b[1]])
+    assert events == [Rescinded(1), GpadlReady(first, 1, wire.STATUS_UNSUCCESSFUL), GpadlReady(second, 2, 0)]
+
+
+def test_pages_count_while_they_are_promised_or_in_use_and_no_longer():
+    world = World(HostLimits(max_total_pages=50)).start(nic(1), nic(2))
+    _, under_way = world.guest.create_gpadl(1, [whole_pages(range(30))])
+    world.run(under_way[:1])
+    refused, sends = world.guest.create_gpadl(2, [whole_pages(range(21))])
+    assert world.run(sends) == [GpadlReady(refused, 2, wire.STATUS_INSUFFICIENT_RESOURCES)]
+    world.run(under_way[1:])
+    world.shell.do(world.host.rescind(1))
+    world.run()
+    world.gpadl(2, pages=50)

@@ -51,6 +51,8 @@ def test_fatal_to_the_connection_and_to_nothing_else(name):
     with pytest.raises(ProtocolError, match=re.escape(error)):
         bench.feed(*messages)
     assert bench.host.state is HostState.FAILED
+    with pytest.raises(ProtocolError, match="failed before: .*" + re.escape(error)):
+        bench.feed(wire.Unload())
     bench.shell.answer_all()
     bench.shell.do(bench.host.reset())
     bench.shell.answer_all()
@@ -198,7 +200,7 @@ def test_a_hostile_host_fails_the_connection(name):
     world.gpadl()
     with pytest.raises(ProtocolError, match=re.escape(error)):
         world.guest.receive(message.pack())
-    with pytest.raises(ProtocolError, match="failed before"):
+    with pytest.raises(ProtocolError, match="failed before: .*" + re.escape(error)):
         world.guest.receive(message.pack())
     with pytest.raises(ProtocolError, match="failed before"):
         world.guest.unload()
@@ -218,6 +220,30 @@ def test_answers_to_the_wrong_question():
     assert world.guest.receive(wire.RescindChannelOffer(child_relid=1).pack()) == [Rescinded(1)]
     with pytest.raises(ProtocolError, match="a second time"):
         world.guest.receive(wire.RescindChannelOffer(child_relid=1).pack())
+
+
+def test_modified_twice_or_after_a_rescind():
+    for answers in (
+        [wire.ModifyChannelResponse(child_relid=1), wire.ModifyChannelResponse(child_relid=1)],
+        [wire.RescindChannelOffer(child_relid=1), wire.ModifyChannelResponse(child_relid=1)],
+    ):
+        world = World().start()
+        world.open()
+        world.guest.modify_channel(1, 1)
+        assert len(world.guest.receive(answers[0].pack())) == 1
+        with pytest.raises(ProtocolError, match="not being modified"):
+            world.guest.receive(answers[1].pack())
+
+
+def test_a_body_after_its_channel_was_released():
+    bench = Bench().to_offered()
+    bench.feed(header())
+    bench.shell.do(bench.host.rescind(1))
+    bench.feed(wire.RelidReleased(child_relid=1))
+    assert bench.shell.released == [1]
+    with pytest.raises(ProtocolError, match="GPADL 0x11 is unknown"):
+        bench.feed(body(2))
+    bench.shell.end()
 
 
 def test_a_flood_of_offers_ends():

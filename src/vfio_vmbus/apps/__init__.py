@@ -1,1 +1,2 @@
-"""What a user runs on a driver: the demo, the TAP bridge, forwarding, capture, replay, measurement."""
+"""What a user runs on a driver: `tap` (a network card for the kernel's own stack), `forward`, `capture`, `replay`, `measure`; and `lab`,
+namespaces to try them in."""

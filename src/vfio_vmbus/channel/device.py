@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import select
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import Self
 from uuid import UUID
 
 from ..iommu.dma import DmaBuffer
+from ..iommu.translation import READ, WRITE
 from ..ring.ends import IncomingRing, OutgoingRing
+from ..vfio import eventfd
+
+__all__ = ["READ", "WRITE", "Channel", "DmaBuffer", "SharedBuffer", "VmbusDevice"]
 
 
 class SharedBuffer(ABC):
@@ -36,13 +40,7 @@ class Channel(ABC):
         """Sleep until the host signals; False when `seconds` passed. Unmask the incoming ring and look once more before."""
         poller = select.poll()
         poller.register(self.interrupt, select.POLLIN)
-        if not poller.poll(max(0, int(seconds * 1000 + 0.999))):
-            return False
-        try:
-            os.eventfd_read(self.interrupt)
-        except BlockingIOError:
-            return False
-        return True
+        return bool(poller.poll(max(0, int(seconds * 1000 + 0.999)))) and eventfd.take(self.interrupt)
 
     @abstractmethod
     def close(self) -> None:
@@ -82,7 +80,7 @@ class VmbusDevice(ABC):
     def close(self) -> None:
         """Close channels, buffers and the way to the device."""
 
-    def __enter__(self) -> VmbusDevice:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

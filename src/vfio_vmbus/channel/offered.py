@@ -4,84 +4,78 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
+from typing import TypeVar
+from uuid import UUID
 
-from ..errors import PeerError, RefusedError, RescindedError, UnavailableError, UsageError
+from ..errors import RefusedError, RescindedError, UsageError
 from ..iommu.dma import DmaBuffer
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE
 from ..ring.pair import RingPair
+from ..vfio import eventfd
 from ..vfio.device import Device
 from ..vmbus.actions import OfferReceived
 from ..wire.guids import CLASS_NAMES
-from .connection import VmbusConnection
+from .connection import VmbusConnection, quietly
 from .device import Channel, SharedBuffer, VmbusDevice
+
+MAX_RING_PAGES = 4095
+"""Two rings fit into one GPADL of 8190 pages."""
 
 
 class OfferedChannel(Channel):
     """A channel over a DMA buffer that holds both rings."""
 
     def __init__(self, connection: VmbusConnection, relid: int, ring_pages: int, user_data: bytes) -> None:
+        if not 2 <= ring_pages <= MAX_RING_PAGES:
+            raise UsageError(f"rings of {ring_pages} pages: take 2 to {MAX_RING_PAGES}")
         self.relid = relid
-        self._connection = connection
-        self._vector = connection.next_vector()
-        self._gpadl = 0
-        self._opened = False
-        self._closed = False
         size = ring_pages * PAGE
-        self._buffer = connection.space.buffer(2 * size, READ | WRITE, f"rings-{relid}")
-        self._pair = RingPair.fresh(self._buffer.memory, 0, size, 2 * size, connection.doorbell(relid), f"channel {relid}")
-        self.incoming = self._pair.incoming
-        self.outgoing = self._pair.outgoing
-        self.interrupt = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            connection.enable_vector(self._vector, self.interrupt)
-            self._gpadl = connection.create_gpadl(relid, self._buffer.pfns)
-            connection.open_channel(relid, self._gpadl, ring_pages, self._vector, user_data)
-            self._opened = True
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack:
+            buffer = connection.space.buffer(2 * size, READ | WRITE, f"rings-{relid}")
+            stack.callback(quietly, buffer.close)
+            doorbell = connection.doorbell(relid)
+            pair = stack.enter_context(RingPair.fresh(buffer.memory, 0, size, 2 * size, doorbell, f"channel {relid}"))
+            self.incoming = pair.incoming
+            self.outgoing = pair.outgoing
+            self.interrupt = eventfd.make()
+            stack.callback(os.close, self.interrupt)
+            vector = connection.next_vector()
+            connection.enable_vector(vector, self.interrupt)
+            stack.callback(quietly, connection.disable_vector, vector)
+            gpadl = connection.create_gpadl(relid, buffer.pfns)
+            stack.callback(quietly, connection.teardown_gpadl, gpadl)
+            connection.open_channel(relid, gpadl, ring_pages, vector, user_data)
+            stack.callback(quietly, connection.close_channel, relid)
+            self._resources = stack.pop_all()
+        self.closed = False
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        with suppress(PeerError, UsageError):
-            if self._opened:
-                self._connection.close_channel(self.relid)
-        with suppress(PeerError, UsageError):
-            if self._gpadl:
-                self._connection.teardown_gpadl(self._gpadl)
-        with suppress(PeerError, UsageError, UnavailableError):
-            self._connection.disable_vector(self._vector)
-        self._pair.close()
-        self._buffer.close()
-        os.close(self.interrupt)
+        self.closed = True
+        self._resources.close()
 
 
 class OfferedBuffer(SharedBuffer):
     """A GPADL over a DMA buffer."""
 
     def __init__(self, connection: VmbusConnection, relid: int, size: int, access: int, name: str) -> None:
-        self._connection = connection
-        self._buffer = connection.space.buffer(size, access, name)
-        try:
-            self.handle = connection.create_gpadl(relid, self._buffer.pfns)
-        except BaseException:
-            self._buffer.close()
-            raise
-        self.address = self._buffer.mapping.address
-        self.size = self._buffer.size
-        self._closed = False
+        with ExitStack() as stack:
+            buffer = connection.space.buffer(size, access, name)
+            stack.callback(quietly, buffer.close)
+            self.handle = connection.create_gpadl(relid, buffer.pfns)
+            stack.callback(quietly, connection.teardown_gpadl, self.handle)
+            self._resources = stack.pop_all()
+        self.address = buffer.mapping.address
+        self.size = buffer.size
+        self.closed = False
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        with suppress(PeerError, UsageError):
-            self._connection.teardown_gpadl(self.handle)
-        self._buffer.close()
+        self.closed = True
+        self._resources.close()
+
+
+PartT = TypeVar("PartT", OfferedChannel, OfferedBuffer, DmaBuffer)
 
 
 class OfferedDevice(VmbusDevice):
@@ -99,20 +93,14 @@ class OfferedDevice(VmbusDevice):
 
     def open(self, ring_pages: int, user_data: bytes = b"") -> Channel:
         self._check()
-        channel = OfferedChannel(self.connection, self._relid, ring_pages, user_data)
-        self._parts.append(channel)
-        return channel
+        return self._keep(OfferedChannel(self.connection, self._relid, ring_pages, user_data))
 
     def share(self, size: int, access: int, name: str) -> SharedBuffer:
         self._check()
-        buffer = OfferedBuffer(self.connection, self._relid, size, access, name)
-        self._parts.append(buffer)
-        return buffer
+        return self._keep(OfferedBuffer(self.connection, self._relid, size, access, name))
 
     def dma_buffer(self, size: int, access: int, name: str) -> DmaBuffer:
-        buffer = self.connection.space.buffer(size, access, name)
-        self._parts.append(buffer)
-        return buffer
+        return self._keep(self.connection.space.buffer(size, access, name))
 
     @property
     def rescinded(self) -> bool:
@@ -120,30 +108,35 @@ class OfferedDevice(VmbusDevice):
         return self._relid in self.connection.rescinded
 
     def close(self) -> None:
-        while self._parts:  # channels first: they were opened before what their protocol shares was made
-            self._parts.pop(0).close()
-        with suppress(PeerError, UsageError):
-            self.connection.release(self._relid)
-        self._closed()
+        with ExitStack() as stack:
+            stack.callback(self._closed)
+            stack.callback(quietly, self.connection.release, self._relid)
+            for part in reversed(self._parts):  # channels first: they were opened before what their protocol shares was made
+                stack.callback(quietly, part.close)
+            self._parts = []
 
     def _check(self) -> None:
         if self._relid in self.connection.rescinded:
             raise RescindedError(f"{self.name} was taken away by its host")
 
+    def _keep(self, part: PartT) -> PartT:
+        """Close it with the device, unless it was closed before."""
+        self._parts = [other for other in self._parts if not other.closed]
+        self._parts.append(part)
+        return part
 
-def open_device(device: Device, class_guid: object = None) -> VmbusDevice:
+
+def open_device(device: Device, class_guid: UUID | None = None) -> OfferedDevice:
     """Connect over `device` and take the first device offered (of the class, if one is given). Closing it closes all of that.
 
-    Raises as VmbusConnection, and RefusedError when nothing of the class is offered.
+    `device` is closed at once when this raises: as VmbusConnection does, and RefusedError when nothing of the class is offered.
     """
-    connection = VmbusConnection(device)
-
-    def close() -> None:
-        connection.close()
-        device.close()
-
-    for offer in connection.offers.values():
-        if offer.offer.sub_channel_index == 0 and class_guid in (None, offer.offer.class_guid):
-            return OfferedDevice(connection, offer, close)
-    close()
-    raise RefusedError(f"{device.info.name} offers no device of class {CLASS_NAMES.get(class_guid, class_guid)}")  # type: ignore[call-overload]
+    with ExitStack() as stack:
+        stack.enter_context(device)
+        connection = stack.enter_context(VmbusConnection(device))
+        for relid, offer in connection.offers.items():
+            wanted = class_guid in (None, offer.offer.class_guid) and relid not in connection.rescinded
+            if wanted and offer.offer.sub_channel_index == 0:
+                return OfferedDevice(connection, offer, stack.pop_all().close)
+        kind = "" if class_guid is None else f" of class {CLASS_NAMES.get(class_guid, class_guid)}"
+        raise RefusedError(f"{device.info.name} offers no device{kind}")

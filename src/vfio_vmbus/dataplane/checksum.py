@@ -39,8 +39,8 @@ def fold(total: int) -> int:
 
 @inline
 def l3_offset(frame: int, size: int) -> int:
-    """Where the network header begins (behind one VLAN tag, if there is one), or 0."""
-    if size >= 34 and load16(frame + 12) == ETHERTYPE_VLAN:
+    """Where the network header begins (behind one VLAN tag, if there is one); 0 when an IPv4 header would not fit."""
+    if size >= 38 and load16(frame + 12) == ETHERTYPE_VLAN:
         return 18
     return 14 if size >= 34 else 0
 

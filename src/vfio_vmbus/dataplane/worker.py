@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ClosedError, UsageError, WaitTimeout
+from ..errors import UsageError, WaitTimeout
 from ..memory.access import inline, load64_acquire, viewer
 from ..memory.block import Block
 from ..memory.libc import sys_epoll_wait
@@ -115,11 +115,6 @@ class Worker:
         """Is there a thread, parked or not, that has not failed?"""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
-    @property
-    def closed(self) -> bool:
-        """Has `stop` been called?"""
-        return self._stop
-
     def watch(self, fd: int) -> None:
         """Wake the kernel from its sleep when `fd` becomes readable (edge-triggered; nobody reads it on this account)."""
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -160,11 +155,13 @@ class Worker:
     def _call(self) -> None:
         """Make the kernel return."""
         self.control["attention"] = 1
-        os.eventfd_write(self._wake, 1)
+        self.wake()
 
     def wake(self) -> None:
-        """End the kernel's sleep: there is work that no watched descriptor tells of."""
-        os.eventfd_write(self._wake, 1)
+        """End the kernel's sleep: there is work that no watched descriptor tells of. Nothing happens after `stop`."""
+        with self._changed:
+            if not self._epoll.closed:
+                os.eventfd_write(self._wake, 1)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -172,16 +169,15 @@ class Worker:
 
     @contextmanager
     def paused(self, timeout: float = 5.0) -> Iterator[None]:
-        """Own all of the data plane's state for the length of the block: the kernel is not running.
+        """Own all of the data plane's state for the length of the block: the kernel is not running. Does not nest.
 
-        Raises what the kernel raised, WaitTimeout if it (or another owner) does not let go in time, ClosedError after `stop`.
+        Raises what the kernel raised, or WaitTimeout if it (or another owner) does not let go in time. Where no thread runs, before
+        `start` and after `stop`, the state is the caller's anyway.
         """
         deadline = time.monotonic() + timeout
         if not self._exclusive.acquire(timeout=timeout):
             raise WaitTimeout(f"another holder of worker {self.name}", timeout)
         try:
-            if self._stop:
-                raise ClosedError(f"worker {self.name} is stopped")
             if self._thread is not None:
                 self._park(deadline, timeout)
             yield
@@ -218,6 +214,7 @@ class Worker:
             if self._thread.is_alive():
                 raise WaitTimeout(f"worker {self.name} to end", timeout)
         atexit.unregister(self.stop)
-        self._epoll.close()
-        os.close(self._wake)
+        with self._changed:
+            self._epoll.close()
+            os.close(self._wake)
         self._raise_failure()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import ExitStack
+from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,6 +21,8 @@ from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .switch.switch import Switch
 from .vsp import Vsp
+
+log = logging.getLogger("vfio_vmbus.host")
 
 T = TypeVar("T")
 
@@ -44,60 +48,76 @@ class EmbeddedHost:
         self._used: set[Vsp] = set()
         self._number = 0
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(self._defect)
         self._thread = threading.Thread(target=self._main, name=f"{name}-control", daemon=True)
+        self._gate = threading.Lock()  # who passes it before `close` does is still served
         self._closed = False
         self.switch.start()
         self._thread.start()
 
     def add_nic(self, name: str | None = None, mac: bytes | None = None, **options: Any) -> Netvsp:
         """Put a network card on the switch; options as of Netvsp. Raises UsageError for a name that is taken."""
-        name = name or f"nic{len(self.nics)}"
-        if name in self.nics:
-            raise UsageError(f"{self.name} has a card {name} already")
-        self.nics[name] = Netvsp(self.switch, mac or random_mac(), name=name, **options)
-        return self.nics[name]
+        return self.run(lambda: self._add_nic(name, mac, options))
 
     def attach(self, *devices: Vsp, name: str | None = None) -> InProcessDevice:
-        """A PCI function that offers these devices to one client, as a VFIO device. UsageError for a device that has a client."""
+        """A PCI function that offers these devices to one client, as a VFIO device.
+
+        Raises UsageError for a device that has a client, and for a card that is on another host's switch.
+        """
         return self.run(lambda: self._attach(devices, name))
 
     def connection(self, device: InProcessDevice) -> Connection:
-        """The host's end of an attached device, to look at."""
-        return self._connections[device.function]
+        """The host's end of an attached device, to look at. Raises UsageError when it is not attached here (any more)."""
+        connection = self._connections.get(device.function)
+        if connection is None:
+            raise UsageError(f"{device.info.name} is not attached to {self.name}")
+        return connection
 
     def rescind(self, device: Vsp) -> None:
-        """Take a device away from the client that has it."""
+        """Take a device away from the client that has it, for good: it can be attached again when that client has closed."""
         self.run(lambda: self._rescind(device))
 
     def set_link(self, nic: Netvsp, up: bool) -> None:
-        """Plug a card's virtual cable in or out."""
+        """Plug a card's virtual cable in or out. Raises UsageError for another host's card."""
+        if nic not in self.nics.values():
+            raise UsageError(f"{nic.name} is no card of {self.name}")
         self.run(lambda: nic.set_link(up))
 
     def run(self, call: Callable[[], T]) -> T:
-        """Call on the host's loop and bring back what it returns or raises. Raises WaitTimeout when the loop does not get to it."""
+        """Call on the host's loop and bring back what it returns or raises.
+
+        Raises WaitTimeout when the loop does not get to it (then it is not called any more), ClosedError after `close`.
+        """
         if threading.current_thread() is self._thread:
             return call()
-        if self._closed:
-            raise ClosedError(f"{self.name} is closed")
         answer: Future[T] = Future()
-        self._loop.call_soon_threadsafe(_answer, answer, call)
+        with self._gate:
+            if self._closed:
+                raise ClosedError(f"{self.name} is closed")
+            self._loop.call_soon_threadsafe(_answer, answer, call)
         try:
             return answer.result(_CALL_SECONDS)
         except FutureTimeout:
-            if answer.done():
+            if answer.done() and not answer.cancelled():
                 raise
+            answer.cancel()
             raise WaitTimeout(f"{self.name}'s control plane", _CALL_SECONDS) from None
 
     def close(self) -> None:
-        """Let go of all clients, stop worker and loop."""
-        if self._closed:
-            return
-        self.run(self._release_all)
-        self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CALL_SECONDS)
-        self._loop.close()
-        self.switch.close()
+        """Let go of all clients, stop worker and loop. Raises UsageError on the host's own loop."""
+        if threading.current_thread() is self._thread:
+            raise UsageError(f"{self.name} cannot be closed from its own loop")
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._release_all)
+        with ExitStack() as stack:
+            stack.callback(self.switch.close)
+            self._thread.join(_CALL_SECONDS)
+            if self._thread.is_alive():
+                raise WaitTimeout(f"the end of {self.name}'s control plane", _CALL_SECONDS)
+            self._loop.close()
 
     def __enter__(self) -> EmbeddedHost:
         return self
@@ -109,42 +129,64 @@ class EmbeddedHost:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 
+    def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback raised that is no client's doing (those are guarded, see `Connection`): say so, and serve on."""
+        log.error("%s: defect of the host: %s", self.name, context["message"], exc_info=context.get("exception"))
+
+    def _add_nic(self, name: str | None, mac: bytes | None, options: dict[str, Any]) -> Netvsp:
+        name = name or next(free for free in (f"nic{number}" for number in count()) if free not in self.nics)
+        if name in self.nics:
+            raise UsageError(f"{self.name} has a card {name} already")
+        self.nics[name] = Netvsp(self.switch, mac or random_mac(), name=name, **options)
+        return self.nics[name]
+
     def _attach(self, devices: tuple[Vsp, ...], name: str | None) -> InProcessDevice:
         for device in devices:
             if device in self._used:
                 raise UsageError("this device has a client already: detach it there first")
+            if isinstance(device, Netvsp) and device not in self.nics.values():
+                raise UsageError(f"{device.name} is no card of {self.name}: its worker is another host's")
         self._number += 1
         function = PciFunction(name or f"embedded:{self._number}")
-        self._connections[function] = Connection(function, list(devices))
         function.domain.quiesce = self.switch.worker.paused
+        try:
+            self._connections[function] = Connection(function, list(devices))
+        except BaseException:
+            function.close()
+            raise
         self._used.update(devices)
 
         def released() -> None:
-            connection = self._connections.pop(function, None)
-            if connection is not None:
-                connection.close()
-                function.close()
             self._used.difference_update(devices)
+            self._release(function)
 
         return InProcessDevice(function, self.run, released)
 
     def _rescind(self, device: Vsp) -> None:
         for connection in self._connections.values():
-            with suppress(UsageError):
+            if connection.has(device):
                 connection.rescind(device)
                 return
-        raise UsageError("no client has this device")
+        raise UsageError(f"no client of {self.name} has this device")
+
+    def _release(self, function: PciFunction) -> None:
+        with ExitStack() as stack:
+            stack.callback(function.close)
+            stack.callback(self._connections.pop(function).close)
 
     def _release_all(self) -> None:
-        for function, connection in list(self._connections.items()):
-            connection.close()
-            function.close()
-        self._connections.clear()
-        for nic in self.nics.values():
-            nic.close()
+        """The end. What one client's memory cannot be freed for is logged, and holds up nobody else."""
+        with ExitStack() as stack:
+            stack.callback(self._loop.stop)
+            for nic in self.nics.values():
+                stack.callback(nic.close)
+            for function in self._connections:
+                stack.callback(self._release, function)
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         result = call()
     except BaseException as error:

@@ -34,6 +34,8 @@ class ChannelContext:
     """The channel's GPADL with this handle. Raises ProtocolError where there is none."""
     failed: Callable[[Exception], None]
     """The guest broke the device's protocol: note why. The VSP has stopped using the channel."""
+    guarded: Callable[[Callable[[], None]], Callable[[], None]] = lambda callback: callback
+    """Wraps each callback that the VSP gives to the loop: what it raises is logged and ends this guest's connection, no other's."""
 
 
 class Vsp(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol
 
@@ -23,21 +24,23 @@ class Mapper(Protocol):
 
 
 class DmaBuffer:
-    """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it."""
+    """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it.
+
+    Made by `DmaSpace.buffer`. If the device does not give the memory back (`close` raises), its IOVAs stay taken.
+    """
 
     def __init__(self, space: DmaSpace, iova: int, size: int, access: int, name: str) -> None:
         self.iova = iova
         self.size = size
         self.access = access
         self._space = space
-        self.memory = SharedMemory(size, name)
-        try:
-            self.mapping: Mapping = self.memory.map()
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(SharedMemory(size, name))
+            self.mapping: Mapping = stack.enter_context(self.memory.map())
             space.mapper.map(iova, self.memory.fd, 0, size, access)
-        except BaseException:
-            self.memory.close()
-            raise
-        self._open = True
+            stack.callback(self._unmap)
+            self._resources = stack.pop_all()
+        self.closed = False
 
     @property
     def pfns(self) -> tuple[int, ...]:
@@ -46,14 +49,12 @@ class DmaBuffer:
 
     def close(self) -> None:
         """Take the memory back from the device, then let go of it."""
-        if self._open:
-            self._open = False
-            try:
-                self._space.mapper.unmap(self.iova, self.size)
-            finally:
-                self._space.forget(self)
-                self.mapping.close()
-                self.memory.close()
+        self.closed = True
+        self._resources.close()
+
+    def _unmap(self) -> None:
+        self._space.mapper.unmap(self.iova, self.size)
+        self._space.forget(self)
 
     def __enter__(self) -> DmaBuffer:
         return self
@@ -70,7 +71,10 @@ class DmaSpace:
         self._buffers: dict[int, DmaBuffer] = {}
 
     def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
-        """A zeroed buffer of `size` bytes (rounded up to pages). Raises DmaError when no IOVAs are left or the device refuses."""
+        """A zeroed buffer of `size` bytes (rounded up to pages).
+
+        Raises UsageError for a size that is not positive, DmaError when no IOVAs are left or the device refuses.
+        """
         size = -(-size // PAGE) * PAGE
         made = DmaBuffer(self, self._free_iova(size + PAGE), size, access, name)
         self._buffers[made.iova] = made
@@ -80,9 +84,10 @@ class DmaSpace:
         self._buffers.pop(buffer.iova, None)
 
     def close(self) -> None:
-        """Close every buffer that is left."""
-        for buffer in list(self._buffers.values()):
-            buffer.close()
+        """Close every buffer that is left; all of them, even if some raise."""
+        with ExitStack() as stack:
+            for buffer in self._buffers.values():
+                stack.callback(buffer.close)
 
     def _free_iova(self, size: int) -> int:
         at = FIRST_IOVA

@@ -23,12 +23,26 @@ from ..errors import DmaError, IsolationFault
 from ..memory.block import Block
 from ..memory.mapping import PAGE, Mapping, Piece
 from ..memory.shared import side_by_side
-from .translation import DIRECTION, DOMAIN, ENTRY, KEPT_FAULTS, NOT_MAPPED, OVER_END, READ, REASONS, WRAPS, WRITE
+from .translation import (
+    DIRECTION,
+    DOMAIN,
+    ENTRY,
+    FAULT_SLOTS,
+    KEPT_FAULTS,
+    LAST_ADDRESS,
+    NOT_MAPPED,
+    OVER_END,
+    READ,
+    REASONS,
+    WRAPS,
+    WRITE,
+    put_in_force,
+)
 
 IOVA_LIMIT = 1 << 62
 """IOVAs lie below it, so that no sum of an address and a length overflows in a kernel."""
 
-_RETAINED = 16
+RETAINED = 16
 """Replaced tables that may be alive at once; then the data plane is stopped for a moment and they go."""
 
 
@@ -62,11 +76,12 @@ class Fault:
 class Domain:
     """Maps of one client. All methods may be called from any thread.
 
-    quiesce: a context in which no kernel uses the domain (the worker's pause); entered before memory goes away.
+    max_maps: a map costs this process a descriptor and up to three of the 65530 mappings that Linux lets it have.
+    quiesce: a context in which no kernel uses the domain (the worker's pause); entered before memory goes away, never twice at a time.
     revoke: called with (iova, size) before an unmap, so that whoever uses that memory (GPADLs, channels) closes first.
     """
 
-    def __init__(self, device: str, *, max_maps: int = 65535, max_bytes: int = 1 << 40) -> None:
+    def __init__(self, device: str, *, max_maps: int = 512, max_bytes: int = 1 << 40) -> None:
         self.device = device
         self.max_maps = max_maps
         self.max_bytes = max_bytes
@@ -90,25 +105,23 @@ class Domain:
 
     @property
     def maps(self) -> tuple[DmaMap, ...]:
-        return tuple(self._maps)
+        with self._lock:
+            return tuple(self._maps)
 
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:
         """Let the device reach `size` bytes of `fd` at `iova`. Raises DmaError: alignment, overlap, limits, memory not sealed."""
         with self._lock:
-            self._check_range(iova, size)
+            at = self._place(iova, size)
             if offset < 0 or offset % PAGE:
                 raise DmaError(f"file offset {offset:#x} is not a multiple of {PAGE}")
             if access not in (READ, WRITE, READ | WRITE):
                 raise DmaError(f"access {access:#x}: take READ ({READ}), WRITE ({WRITE}) or both")
-            if len(self._maps) >= self.max_maps or self._bytes + size > self.max_bytes:
-                raise DmaError(f"limit of {self.max_maps} maps and {self.max_bytes} bytes reached")
-            at = bisect_right(self._starts, iova)
-            for near in self._maps[max(at - 1, 0) : at + 1]:
-                if near.iova < iova + size and iova < near.end:
-                    raise DmaError(f"[{iova:#x}, {iova + size:#x}) overlaps the map [{near.iova:#x}, {near.end:#x})")
-            own = os.dup(fd)
+            if len(self._retained) >= RETAINED:
+                with self.quiesce():
+                    self._retained.clear()
+            own = _duplicate(fd)
             try:
-                mapping = side_by_side([Piece(own, offset, size, bool(access & WRITE))])
+                mapping = side_by_side([Piece(own, offset, size, bool(access & WRITE))], populate=False)
             except BaseException:
                 os.close(own)
                 raise
@@ -121,7 +134,7 @@ class Domain:
     def unmap(self, iova: int, size: int) -> int:
         """Take back all maps inside [iova, iova + size); returns their bytes. Raises DmaError where that would split a map."""
         with self._lock:
-            self._check_range(iova, size)
+            _check_range(iova, size)
             inside = [entry for entry in self._maps if entry.iova < iova + size and iova < entry.end]
             for entry in inside:
                 if entry.iova < iova or entry.end > iova + size:
@@ -129,13 +142,12 @@ class Domain:
             if not inside:
                 return 0
             self.revoke(iova, size)
-            gone = {entry.iova for entry in inside}
             rows = self._table.array[1:]
             with self.quiesce():
-                self._maps = [entry for entry in self._maps if entry.iova not in gone]
-                self._starts = [entry.iova for entry in self._maps]
                 self._publish(rows[(rows["iova"] < iova) | (rows["iova"] >= iova + size)])
                 self._retained.clear()
+            self._maps = [entry for entry in self._maps if not iova <= entry.iova < iova + size]
+            self._starts = [entry.iova for entry in self._maps]
             for entry in inside:
                 entry.mapping.close()
                 os.close(entry.fd)
@@ -149,8 +161,13 @@ class Domain:
             self.unmap(0, IOVA_LIMIT)
 
     def pieces(self, iova: int, size: int, access: int) -> list[Piece]:
-        """The file ranges behind [iova, iova + size), page aligned, across neighbouring maps. Raises IsolationFault, and counts it."""
+        """The file ranges behind [iova, iova + size), across neighbouring maps. Raises IsolationFault, and counts it.
+
+        Their descriptors are the domain's, open until the memory is unmapped; `revoke` comes before.
+        """
         with self._lock:
+            if size <= 0:
+                raise self._fault(iova, size, access, WRAPS)
             found = []
             at, end = iova, iova + size
             while at < end:
@@ -165,15 +182,16 @@ class Domain:
 
     def access(self, iova: int, size: int) -> int:
         """The access that all of [iova, iova + size) is mapped with; 0 if any of it is not mapped."""
-        common = READ | WRITE
-        at = iova
-        while at < iova + size:
-            entry = self._at(at)
-            if entry is None:
-                return 0
-            common &= entry.access
-            at = entry.end
-        return common
+        with self._lock:
+            common = READ | WRITE
+            at = iova
+            while at < iova + size:
+                entry = self._at(at)
+                if entry is None:
+                    return 0
+                common &= entry.access
+                at = entry.end
+            return common
 
     def translate(self, iova: int, size: int, access: int) -> int:
         """The address of [iova, iova + size) in this process; it must lie in one map. Raises IsolationFault, and counts it."""
@@ -196,14 +214,26 @@ class Domain:
 
     def faults(self) -> list[Fault]:
         """The latest faults: up to 64 of the control plane, then up to 64 of the data plane, each oldest first."""
-        count = self._state["faults"]
-        kept = self._state.array["kept"][0]
-        rows = [kept[index % KEPT_FAULTS].tolist() for index in range(max(0, count - KEPT_FAULTS), count)]
-        return [*self._own_faults, *(self._describe(*row) for row in rows)]
+        with self._lock:
+            count = self._state["faults"]
+            kept = self._state.array["kept"][0].tolist()
+            overwritten = self._state["faults"] - FAULT_SLOTS  # up to this one, if a kernel goes on refusing meanwhile
+            first = max(0, count - KEPT_FAULTS, overwritten + 1)
+            rows = [kept[index % FAULT_SLOTS] for index in range(first, count)]
+            return [*self._own_faults, *(self._describe(*row) for row in rows)]
 
-    def _check_range(self, iova: int, size: int) -> None:
-        if iova < 0 or size <= 0 or iova % PAGE or size % PAGE or iova + size > IOVA_LIMIT:
-            raise DmaError(f"[{iova:#x}, {iova + size:#x}): take multiples of {PAGE} bytes below {IOVA_LIMIT:#x}")
+    def _place(self, iova: int, size: int) -> int:
+        """Where in the list of maps a new one belongs. Raises DmaError where none can be."""
+        _check_range(iova, size)
+        if len(self._maps) >= self.max_maps:
+            raise DmaError(f"there are {len(self._maps)} maps, limit {self.max_maps}: map larger pieces")
+        if self._bytes + size > self.max_bytes:
+            raise DmaError(f"{self._bytes} bytes are mapped, {size} more exceed the limit of {self.max_bytes} bytes")
+        at = bisect_right(self._starts, iova)
+        for near in self._maps[max(at - 1, 0) : at + 1]:
+            if near.iova < iova + size and iova < near.end:
+                raise DmaError(f"[{iova:#x}, {iova + size:#x}) overlaps the map [{near.iova:#x}, {near.end:#x})")
+        return at
 
     def _at(self, iova: int) -> DmaMap | None:
         index = bisect_right(self._starts, iova) - 1
@@ -212,7 +242,7 @@ class Domain:
     @staticmethod
     def _refusal(entry: DmaMap | None, iova: int, size: int, access: int) -> int:
         """0, or the reason why `entry` does not grant it. The same rules as the kernels' `lookup`."""
-        if size <= 0 or iova < 0 or iova + size > 1 << 63:
+        if size <= 0 or iova < 0 or size > LAST_ADDRESS - iova:
             return WRAPS
         if entry is None:
             return NOT_MAPPED
@@ -221,13 +251,14 @@ class Domain:
         return 0 if entry.access & access == access else DIRECTION
 
     def _describe(self, iova: int, size: int, access: int, reason: int) -> Fault:
+        iova &= (1 << 64) - 1  # kernels see a guest's 64 bits as a signed number
         return Fault(self.device, iova, size, "write" if access & WRITE else "read", REASONS[reason])
 
     def _fault(self, iova: int, size: int, access: int, reason: int) -> IsolationFault:
         fault = self._describe(iova, size, access, reason)
         self._own_faults.append(fault)
         self._own_fault_count += 1
-        return IsolationFault(self.device, iova, size, fault.direction, fault.reason)
+        return IsolationFault(self.device, fault.iova, size, fault.direction, fault.reason)
 
     def _publish(self, rows: NDArray[Any]) -> None:
         """Put a new table in force. The old one stays until no kernel can be reading it."""
@@ -236,7 +267,17 @@ class Domain:
         table.array[1:] = rows
         self._retained.append(self._table)
         self._table = table
-        self._state["table"] = table.address
-        if len(self._retained) > _RETAINED:
-            with self.quiesce():
-                self._retained.clear()
+        put_in_force(self.address, table.address)
+
+
+def _check_range(iova: int, size: int) -> None:
+    if iova < 0 or size <= 0 or iova % PAGE or size % PAGE or iova + size > IOVA_LIMIT:
+        raise DmaError(f"[{iova:#x}, {iova + size:#x}): take multiples of {PAGE} bytes below {IOVA_LIMIT:#x}")
+
+
+def _duplicate(fd: int) -> int:
+    """A descriptor of our own. Raises DmaError for one that is not open, or when this process has too many."""
+    try:
+        return os.dup(fd)
+    except (OSError, OverflowError) as error:
+        raise DmaError(f"descriptor {fd} cannot be used: {error}") from error

@@ -23,10 +23,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
+from . import part
 from .kernel import INTERPRETED
 from .registry import check
 
-inline: Callable[[Any], Any] = register_jitable(forceinline=True)
+inline: Callable[[Any], Any] = register_jitable(forceinline=True, **part.OPTIONS)
 """Marks a helper of kernels: compiled into each kernel that calls it, a plain function everywhere else."""
 
 _INT = types.int64

@@ -15,12 +15,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import overload
+
+from . import part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,11 +98,36 @@ def kernel(signature: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         if INTERPRETED:
             return function
-        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, no_cfunc_wrapper=True)(function)
         if cache_folder() is not None:
             dispatcher._cache = _Cache(function)
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
+
+    return decorate
+
+
+class _Step:
+    """A function that is compiled into the kernels that call it, and by itself when Python calls it."""
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self._signature = signature
+        self._function = function
+        self._kernel: Callable[..., Any] | None = None
+        update_wrapper(self, function)
+        overload(self, jit_options=part.OPTIONS, strict=False)(lambda *arguments: function)
+
+    def __call__(self, *arguments: int) -> Any:
+        if self._kernel is None:
+            self._kernel = kernel(self._signature)(self._function)
+        return self._kernel(*arguments)
+
+
+def step(signature: str) -> Callable[[F], F]:
+    """For what mostly kernels call: as `kernel`, but compiled no sooner than Python calls it. Kernels get it built in."""
+
+    def decorate(function: F) -> F:
+        return function if INTERPRETED else cast(F, _Step(function, signature))
 
     return decorate

@@ -87,12 +87,13 @@ class Mapping:
     """A contiguous range of this process's memory over pieces of files.
 
     address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
-    on, once more, behind itself: `address + size + n` is `address + wrap_from + n`.
+    on, once more, behind itself: `address + size + n` is `address + wrap_from + n`. populate: fault all pages in now, so that
+    no kernel waits for that; not for memory of any size that somebody else names, whose holes that would fill.
     Raises OSError where the kernel refuses, UsageError for pieces that are not whole pages and for a wrap_from outside
     of them. A CPU with pages of more than 4096 bytes cannot map (and refuses) what is not aligned to its own.
     """
 
-    def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None) -> None:
+    def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None, populate: bool = True) -> None:
         for piece in pieces:
             if piece.size <= 0 or piece.offset < 0 or (piece.size | piece.offset) % PAGE:
                 raise UsageError(f"{piece.size} bytes at file offset {piece.offset} are not whole pages of {PAGE} bytes")
@@ -104,11 +105,11 @@ class Mapping:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
         self.address = self._base + mmap.PAGESIZE
+        flags = mmap.MAP_SHARED | _MAP_FIXED | (_MAP_POPULATE if populate else 0)
         try:
             at = self.address
             for piece in merge([*pieces, *again]):
                 protection = mmap.PROT_READ | (mmap.PROT_WRITE if piece.writable else 0)
-                flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
                 _mmap(at, piece.size, protection, flags, piece.fd, piece.offset)
                 at += piece.size
         except OSError:

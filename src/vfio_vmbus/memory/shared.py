@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections.abc import Sequence
 
@@ -50,7 +51,8 @@ class SharedMemory:
 def require_sealed(fd: int) -> int:
     """The size in bytes of a memfd that is sealed against shrinking; DmaError for any other descriptor.
 
-    Memory that can be truncated while it is mapped kills whoever touches it (SIGBUS), so nothing else is ever mapped.
+    Memory that can be taken away while it is mapped kills whoever touches it (SIGBUS), so nothing else is ever mapped. Huge pages are
+    refused for that reason, too: a hole punched into them stays one when the pool is empty, seals or not.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -58,19 +60,22 @@ def require_sealed(fd: int) -> int:
         raise DmaError(f"descriptor {fd} is not a memfd ({error.strerror}): only sealed memfds are mapped") from error
     if not seals & fcntl.F_SEAL_SHRINK:
         raise DmaError(f"descriptor {fd} is a memfd without F_SEAL_SHRINK: seal it against shrinking first")
+    page = os.fstatvfs(fd).f_bsize
+    if page > mmap.PAGESIZE:
+        raise DmaError(f"descriptor {fd} is a memfd of huge pages ({page} bytes): take one of {mmap.PAGESIZE}-byte pages")
     return os.fstat(fd).st_size
 
 
-def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None) -> Mapping:
-    """Map pieces of sealed memory into one contiguous range.
+def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None, populate: bool = True) -> Mapping:
+    """Map pieces of sealed memory into one contiguous range; `populate` as for `Mapping`.
 
-    Raises DmaError for memory that is not sealed, too short, or that the kernel refuses to map like this (huge pages).
+    Raises DmaError for memory that is not sealed, too short, or that the kernel refuses to map like this.
     """
     sizes = {fd: require_sealed(fd) for fd in {piece.fd for piece in pieces}}
     for piece in pieces:
         if piece.offset < 0 or piece.offset + piece.size > sizes[piece.fd]:
             raise DmaError(f"{piece.size} bytes at {piece.offset} are outside memory of {sizes[piece.fd]} bytes")
     try:
-        return Mapping(pieces, wrap_from=wrap_from)
+        return Mapping(pieces, wrap_from=wrap_from, populate=populate)
     except OSError as error:
         raise DmaError(f"these {len(pieces)} pieces of memory cannot be mapped side by side: {error}") from error

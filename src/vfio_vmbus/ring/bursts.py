@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..memory.access import copy, inline, load64, store64, viewer
-from ..memory.kernel import kernel
+from ..memory.kernel import kernel, step
 from ..wire.ring import MAX_PACKET_SIZE
 from .primitives import (
     FOOTER,
@@ -133,7 +133,7 @@ def receive_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> 
     return received
 
 
-@kernel("i8(i8, i8, i8, i8, i8)")
+@step("i8(i8, i8, i8, i8, i8)")
 def send_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
     """Send `count` rows; how many were sent: fewer when the ring is full. Minus (row + 1) for a row that is no packet.
 
@@ -146,13 +146,13 @@ def send_burst(ring_address: int, memory: int, limit: int, table: int, count: in
     return sent if sent < good or good == count else -(good + 1)
 
 
-@kernel("i8(i8, i8, i8, i8, i8)")
+@step("i8(i8, i8, i8, i8, i8)")
 def receive_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
     """`receive_rows`, called from Python."""
     return receive_rows(ring_at(ring_address), memory, limit, table, count)
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def receive_in_place(ring_address: int, table: int, count: int) -> int:
     """Note up to `count` packets where they lie: offsets into the data area. Their space stays taken until `commit`.
 
@@ -171,7 +171,7 @@ def receive_in_place(ring_address: int, table: int, count: int) -> int:
     return received
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def commit(ring_address: int) -> int:
     """Give the space of everything received in place back to the writer; 1 if that was worth a signal."""
     return in_commit(ring_at(ring_address))
@@ -208,14 +208,14 @@ def finish(ring_address: int, header: int) -> int:
     return in_commit(ring)
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def room(ring_address: int) -> int:
     """Bytes free after a new look at the reader's index; a packet fits when it takes less, its footer counted."""
     ring = ring_at(ring_address)
     return out_look(ring) if ring.broken == 0 else 0
 
 
-@kernel("i8(i8, i8)")
+@step("i8(i8, i8)")
 def want(ring_address: int, size: int) -> int:
     """Ask the reader for a signal when more than `size` bytes become free (0: no more), and look: bytes free now."""
     ring = ring_at(ring_address)

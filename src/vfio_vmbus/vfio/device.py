@@ -87,7 +87,10 @@ class Dma(ABC):
 
 
 class Device(ABC):
-    """A device that this process drives. Close it when done; a with statement does."""
+    """A device that this process drives. Close it when done; a with statement does. After that everything but `close` raises ClosedError.
+
+    Whoever implements it proves it by `testing.conformance`.
+    """
 
     info: DeviceInfo
     dma: Dma

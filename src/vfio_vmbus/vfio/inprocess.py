@@ -1,12 +1,14 @@
 """A PCI function of this process as a VFIO device: what a socket or the kernel carries elsewhere is a call here.
 
-The function lives on its host's loop; `run` carries a call there and brings the answer back. Memory is mapped anew for the
-function (it never sees the driver's pointers), and goes through its domain like anybody's.
+The function lives on its host's loop; `run` carries a call there and brings the answer back (ClosedError when that loop has ended).
+Memory is mapped anew for the function (it never sees the driver's pointers), and goes through its domain like anybody's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from threading import Lock
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError
@@ -74,6 +76,7 @@ class InProcessDevice(Device):
         self._call = run
         self._released = released
         self._open = True
+        self._closing = Lock()
         self.info = DeviceInfo(function.name, regions=9, irqs=5, resettable=True, isolation="software IOMMU")
         self.dma = _Maps(function, self._run)
         self._bar0 = _Bar0(function, self._run)
@@ -93,13 +96,18 @@ class InProcessDevice(Device):
         self._run(self.function.reset)
 
     def close(self) -> None:
-        if self._open:
+        with self._closing:
+            if not self._open:
+                return
             self._open = False
+        with suppress(ClosedError):  # a host that has gone has taken everything back
             self._call(self._give_back)
 
     def _give_back(self) -> None:
-        self.function.release()
-        self._released()
+        try:
+            self.function.release()
+        finally:
+            self._released()
 
     def _run(self, call: Callable[[], T]) -> T:
         if not self._open:

@@ -8,15 +8,17 @@
 | 0x0c | 32 | r | CHANNELS | doorbells: relids are below this number |
 | 0x10 | 32 | r | VECTORS | MSI-X vectors; vector 0 is the admin ring's |
 | 0x14 | 32 | r | MAX_ADMIN_PAGES | pages of the admin ring pair, at most |
-| 0x20 | 32 | r | STATUS | bit 0 the admin ring runs, bit 1 it failed (see ERROR); both clear after reset |
-| 0x24 | 32 | w | CONTROL | 1: start the admin ring; 2: reset the function |
+| 0x20 | 32 | r | STATUS | bit 0 the admin ring runs, bit 1 it failed (see ERROR); never both, and neither after a reset |
+| 0x24 | 32 | w | CONTROL | 1: start the admin ring (if it runs, it fails); 2: reset the function |
 | 0x28 | 32 | r | ERROR | why it failed: ERROR_* |
 | 0x30 | 64 | rw | ADMIN_IOVA | the admin ring pair: driver-to-host ring, behind it host-to-driver ring; page aligned |
 | 0x38 | 32 | rw | ADMIN_UPSTREAM | pages of the driver-to-host ring, its control page included |
 | 0x3c | 32 | rw | ADMIN_DOWNSTREAM | pages of the host-to-driver ring, likewise |
 | 0x1000 + 4 n | 32 | w | DOORBELL n | any value: look at the ring of channel n; 0 is the admin ring |
 
-Registers are little-endian and accessed at their own width. Everything else reads as zero and ignores writes.
+Registers are little-endian. An access has 32 bits, or 64 where aligned to them: that is two of 32 bits, the lower one first.
+Everything else reads as zero and ignores writes. When the admin ring fails vector 0 is signalled, and nothing of the driver's memory is
+in use any more; taking memory back (an unmap) that the ring, a GPADL or an open channel uses makes it fail, too.
 """
 
 MAGIC = int.from_bytes(b"VMBS", "little")
@@ -37,7 +39,7 @@ REG_ADMIN_DOWNSTREAM = 0x3C
 REG_DOORBELLS = 0x1000
 
 BAR0_SIZE = 0x2000
-CHANNELS = 1024
+CHANNELS = 128
 VECTORS = 65
 MAX_ADMIN_PAGES = 64
 
@@ -56,7 +58,7 @@ ERROR_RUNNING = 4
 ERRORS = {
     ERROR_NONE: "none",
     ERROR_ADMIN_SIZE: "the admin ring's sizes are out of range",
-    ERROR_ADMIN_MEMORY: "the admin ring's memory is not mapped for reading and writing",
+    ERROR_ADMIN_MEMORY: "the admin ring's memory is not page aligned, not mapped for reading and writing, or was unmapped",
     ERROR_PROTOCOL: "a message or the ring itself broke the protocol",
     ERROR_RUNNING: "the admin ring was started while it was running",
 }

@@ -83,8 +83,7 @@ class HostConnection:
         Raises ProtocolError for one that is malformed or fatal (see `states`). The connection has then FAILED: every further
         message raises as well, and `reset` or `close` returns what is to be cleaned up. Raises ClosedError after `close`.
         """
-        if self._state is HostState.CLOSED:
-            raise ClosedError("the host has closed this VMBus connection")
+        self._need_open()
         if self._state is HostState.FAILED:
             raise ProtocolError(f"the connection failed before: {self._failure}")
         try:
@@ -160,13 +159,16 @@ class HostConnection:
 
         `Disconnected` comes last, here or after the shell's last answer. Raises ClosedError after `close`.
         """
-        if self._state is HostState.CLOSED or self._after is HostState.CLOSED:
-            raise ClosedError("the host has closed this VMBus connection")
+        self._need_open()
         return self._end(HostState.DISCONNECTED)
 
     def close(self) -> list[HostAction]:
         """End the connection for good, and every offer with it. `Disconnected` comes last, as with `reset`. Twice does no harm."""
         return [] if self._state is HostState.CLOSED else self._end(HostState.CLOSED)
+
+    def _need_open(self) -> None:
+        if self._after is HostState.CLOSED:  # so from close() on, before the shell has answered
+            raise ClosedError("the host has closed this VMBus connection")
 
     def _end(self, after: HostState) -> Actions:
         cleanup, self._cleanup = self._cleanup, []
@@ -180,8 +182,7 @@ class HostConnection:
         A subchannel (sub_channel_index 1 and up) has its primary channel's GUIDs. Raises UsageError for one too many, for one that
         is offered already, for a subchannel alone; ClosedError after `close`.
         """
-        if self._after is HostState.CLOSED:
-            raise ClosedError("the host has closed this VMBus connection")
+        self._need_open()
         channel = self._channels.add(offer)
         return channel.relid, [self._channels.show(channel)] if self._state is HostState.OFFERED else []
 

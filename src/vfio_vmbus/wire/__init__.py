@@ -1,6 +1,12 @@
 """Declarations of everything that goes over a wire or lies in shared memory; nothing here acts.
 
-`layout` and `bits` are the means; `vmbus`, `gpa`, `ring`, `nvsp` and `rndis` are the protocols. One field
-table per structure gives the class, its size, its offsets and its numpy dtype. Importing any of it loads
-neither numpy nor numba.
+    layout, bits, table   the means: structures, bit fields, tables of messages
+    vmbus, guids, gpa     the control messages, the classes of devices, lists of pages
+    ring                  control page and packets
+    nvsp                  the network card's own messages
+    rndis, frame          its control messages and its frames
+    oid, ndis             what these are about: numbers, and the objects that they carry
+
+One field table per structure gives the class, its size, its offsets and its numpy dtype. Importing any of it
+loads neither numpy nor numba. Layouts and numbers are tested against the kernel's own (tests/wire).
 """

@@ -11,9 +11,8 @@ import struct
 from dataclasses import dataclass
 from types import TracebackType
 
-from ...channel.device import SharedBuffer, VmbusDevice
+from ...channel.device import READ, WRITE, DmaBuffer, SharedBuffer, VmbusDevice
 from ...errors import ProtocolError, RefusedError, UsageError
-from ...iommu.translation import READ, WRITE
 from ...wire import ndis, nvsp, oid, rndis
 from ...wire.guids import CLASS_NETWORK
 from ...wire.ring import PACKET_INBAND, Packet
@@ -82,7 +81,7 @@ class Netvsc:
         self._filter = packet_filter
         self._closed = False
         self._channel = device.open(ring_pages)
-        self._shared: list[SharedBuffer] = []
+        self._shared: list[SharedBuffer | DmaBuffer] = []
         self.queues = [Queue(self._channel, burst)]
         self._rpc = Rpc(self.queues[0], timeout, self._on_mail, self._on_control)
         try:
@@ -167,14 +166,16 @@ class Netvsc:
         if self._closed:
             return
         self._closed = True
-        self._rpc.leave(
-            [
-                lambda: self.set_filter(0),
-                lambda: self._rpc.tell_rndis(rndis.HaltRequest()),
-                lambda: self._rpc.tell_nvsp(nvsp.RevokeReceiveBuffer(buffer_id=nvsp.RECEIVE_BUFFER_ID)),
-                lambda: self._rpc.tell_nvsp(nvsp.RevokeSendBuffer(buffer_id=nvsp.SEND_BUFFER_ID)),
-            ]
-        )
+        if not self._channel.outgoing.mapping.closed:  # else the device was closed first, and its memory is gone
+            self._rpc.leave(
+                [
+                    lambda: self.set_filter(0),
+                    lambda: self._rpc.tell_rndis(rndis.HaltRequest()),
+                    lambda: self._rpc.tell_nvsp(nvsp.RevokeReceiveBuffer(buffer_id=nvsp.RECEIVE_BUFFER_ID)),
+                    lambda: self._rpc.tell_nvsp(nvsp.RevokeSendBuffer(buffer_id=nvsp.SEND_BUFFER_ID)),
+                ]
+            )
+        self.queue.close()
         self._channel.close()
         for buffer in self._shared:
             buffer.close()
@@ -232,6 +233,7 @@ class Netvsc:
         if not 128 <= answer.section_size <= buffer.size:
             raise ProtocolError(f"send sections of {answer.section_size} bytes, limit 128 to {buffer.size}")
         pool = self.device.dma_buffer(POOL_SLOT * POOL_SLOTS, READ, "send-pool")
+        self._shared.append(pool)
         self.queue.use_send_buffer(buffer, answer.section_size & -8, pool, POOL_SLOT)
         return answer.section_size
 

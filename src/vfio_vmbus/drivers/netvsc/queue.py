@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ...channel.device import Channel, SharedBuffer
+from ...channel.device import Channel, DmaBuffer, SharedBuffer
 from ...dataplane.rndis import MESSAGE_RULES, PARSED
-from ...errors import UsageError
-from ...iommu.dma import DmaBuffer
+from ...errors import ClosedError, UsageError
 from ...memory.block import Block
+from ...ring.state import BAD_MOVE, RING
 from ...wire.gpa import PAGE_SIZE, PageRange, pages_spanned
 from ...wire.ring import Packet
 from . import kernels
@@ -44,14 +44,28 @@ class Counters:
     """Control messages of the host that there was no place for."""
 
 
+def _address_of(table: Block | NDArray[np.void]) -> int:
+    """Where a table of FRAME rows lies. Raises UsageError for anything else."""
+    array = table.array if isinstance(table, Block) else table
+    if array.dtype != FRAME or array.ndim != 1 or not array.flags.c_contiguous:
+        raise UsageError("tx_burst takes a contiguous table of FRAME rows")
+    return table.address if isinstance(table, Block) else int(array.ctypes.data)
+
+
 class Queue:
     """Send and receive. One thread at a time; `address` is what kernels of applications get (see `transmit` and `receive`)."""
 
     def __init__(self, channel: Channel, burst: int = BURST) -> None:
         self.channel = channel
         self.burst = burst
+        self._closed = False
         self._state = Block(QUEUE)
         self._received = Block(FRAME, burst)
+        # What a loop in Python would pay for in each burst: slices of the table, and numbers that never change.
+        self._bursts = [self._received.array[:count] for count in range(burst + 1)]
+        self._address = self._state.address
+        self._received_address = self._received.address
+        self._buffer: SharedBuffer | None = None
         self._tables: dict[str, Block] = {}
         for name, value in {
             "incoming": channel.incoming.address,
@@ -68,10 +82,18 @@ class Queue:
     @property
     def address(self) -> int:
         """Address of the QUEUE record, for kernels."""
-        return self._state.address
+        return self._address
+
+    @property
+    def receive_buffer(self) -> SharedBuffer:
+        """Where received frames lie: what `rx_burst` hands out are addresses in it. The frames of a burst may be changed in place."""
+        if self._buffer is None:
+            raise UsageError("this queue has no receive buffer yet")
+        return self._buffer
 
     def use_receive_buffer(self, buffer: SharedBuffer, longest: int) -> None:
         """Frames of up to `longest` bytes come through this buffer."""
+        self._buffer = buffer
         self._state["longest"] = longest
         self._state["receive"] = buffer.address
         self._state["receive_size"] = buffer.size
@@ -103,28 +125,27 @@ class Queue:
     def rx_burst(self, count: int | None = None) -> NDArray[np.void]:
         """Frames received: a table of (address, size, flags, checksum), valid until the next call, at most `burst`.
 
-        Raises RingError when the host broke the ring.
+        Raises RingError when the host broke the ring, ClosedError when the queue is closed.
         """
-        capacity = self.burst if count is None else min(count, self.burst)
-        received = kernels.receive_burst(self.address, self._received.address, capacity)
+        capacity = self.burst if count is None or count > self.burst else count
+        received: int = kernels.receive_burst(self._address, self._received_address, capacity)
         if received == 0 and self._state["attention"]:
-            self.channel.incoming.check()
-        return self._received.array[:received]
+            self._check()
+        return self._bursts[received]
 
     def tx_burst(self, table: Block | NDArray[np.void]) -> int:
         """Send copies of the frames in a table as `rx_burst` gives it (or a Block of FRAME rows). How many there was room for.
 
         Every row's memory must be readable: a row of addresses of your own must come from memory that you keep. Raises RingError
-        when the host broke the ring.
+        when the host broke the ring, ClosedError when the queue is closed.
         """
-        array = table.array if isinstance(table, Block) else table
-        if array.dtype != FRAME or not array.flags.c_contiguous:
-            raise UsageError("tx_burst takes a contiguous table of FRAME rows")
-        address = table.address if isinstance(table, Block) else int(array.ctypes.data)
-        sent: int = kernels.transmit_burst(self.address, address, len(array))
-        if sent < len(array):
-            self.channel.outgoing.check()
-            kernels.reap(self.address)
+        count = len(table.array if isinstance(table, Block) else table)
+        received_here = count <= self.burst and table is self._bursts[count]
+        address = self._received_address if received_here else _address_of(table)
+        sent: int = kernels.transmit_burst(self._address, address, count)
+        if sent < count:
+            self._check()
+            kernels.reap(self._address)
         return sent
 
     def wait(self, seconds: float) -> bool:
@@ -155,10 +176,13 @@ class Queue:
         """The packet at the ring's head, if it is one for Python. Raises RingError, ProtocolError."""
         if not self._state["attention"]:
             return None
-        self.channel.incoming.check()
-        packet = self.channel.incoming.receive()
+        self._check()
         self._state["attention"] = 0
-        return packet
+        return self.channel.incoming.receive()
+
+    def note_bad_completion(self) -> None:
+        """Count a completion that nothing was waiting for."""
+        self._state["bad_completions"] += 1
 
     def take_slot(self, data: bytes) -> tuple[int, tuple[PageRange, ...]] | None:
         """Put a control message into a free slot, now the host's: its transaction and pages. None while there is none."""
@@ -174,6 +198,24 @@ class Queue:
         self._tables["busy"].array[transaction] = 1
         first = (self._state["pool_iova"] + slot * slot_size) // PAGE_SIZE
         return transaction, (PageRange(len(data), 0, tuple(range(first, first + pages_spanned(len(data), 0)))),)
+
+    def close(self) -> None:
+        """Before the memory goes: whatever is called on this queue from now on finds two ended rings and no buffers."""
+        dead = self._table("dead", RING, 1)
+        self._tables["dead"].array["broken"] = BAD_MOVE
+        self._tables["dead"].array["control"] = self._table("dead control page", np.uint8, PAGE_SIZE)
+        for name, value in {"incoming": dead, "outgoing": dead, "open": -1, "attention": 1}.items():
+            self._state[name] = value
+        for name in ("free_count", "pool_free_count", "done_count", "receive_size"):
+            self._state[name] = 0
+        self._closed = True
+
+    def _check(self) -> None:
+        """Raise RingError when the host broke a ring, ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError(f"channel {self.channel.relid}: its queue is closed")
+        self.channel.incoming.check()
+        self.channel.outgoing.check()
 
     def counters(self) -> Counters:
         """The counters now."""

@@ -35,14 +35,17 @@ class Rpc:
         self._control = control
         self._transaction = _FIRST_TRANSACTION
         self._request = 0
-        self._completions: dict[int, bytes] = {}
-        self._answers: dict[int, tuple[rndis.RndisMessage, bytes]] = {}
-        self._awaited: int | None = None
+        self._asked: int | None = None  # transaction of the NVSP question that is open
+        self._completion: bytes | None = None
+        self._awaited: int | None = None  # number of the RNDIS question that is open
+        self._answer: tuple[rndis.RndisMessage, bytes] | None = None
 
     def ask_nvsp(self, message: nvsp.NvspMessage, answer: type[N]) -> N:
         """Ask and wait for the completion. Raises ProtocolError for another answer, WaitTimeout for none."""
-        transaction = self._post(message, True)
-        payload = self._wait(lambda: self._completions.pop(transaction, None), f"the answer to {type(message).__name__}")
+        self._completion = None
+        self._asked = self._transaction + 1
+        self._post(message, True)
+        payload = self._wait(lambda: self._completion, f"the answer to {type(message).__name__}")
         received = nvsp.parse_message(payload, sender=Side.HOST)
         if not isinstance(received, answer):
             raise ProtocolError(f"{type(message).__name__} was answered by {type(received).__name__}")
@@ -55,9 +58,10 @@ class Rpc:
     def ask_rndis(self, message: rndis.RndisMessage, answer: type[R], info: bytes = b"") -> tuple[R, bytes]:
         """Ask and wait for the answer with its information. Raises as `ask_nvsp`."""
         self._request += 1
-        request = self._awaited = self._request
-        self._post_rndis(replace(message, request_id=request), info)  # type: ignore[call-arg]
-        received, value = self._wait(lambda: self._answers.pop(request, None), f"the answer to {type(message).__name__}")
+        self._answer = None
+        self._awaited = self._request
+        self._post_rndis(replace(message, request_id=self._request), info)  # type: ignore[call-arg]
+        received, value = self._wait(lambda: self._answer, f"the answer to {type(message).__name__}")
         if not isinstance(received, answer):
             raise ProtocolError(f"{type(message).__name__} was answered by {type(received).__name__}")
         return received, value
@@ -78,23 +82,26 @@ class Rpc:
             self._on_rndis(data)
         packet = self._queue.take_control()
         if packet is not None:
-            if packet.packet_type == PACKET_COMPLETION:
-                self._completions[packet.transaction_id] = packet.payload
-            else:
+            if packet.packet_type != PACKET_COMPLETION:
                 self._control(packet)
+            elif packet.transaction_id == self._asked:
+                self._asked = None
+                self._completion = packet.payload
+            else:
+                self._queue.note_bad_completion()
 
     def _on_rndis(self, data: bytes) -> None:
         message, info = rndis.parse_message(data, sender=Side.HOST)
         request = getattr(message, "request_id", None)
-        if request is None:
+        if request is None or message.message_type & rndis.COMPLETION == 0:
             self._mail(data)
         elif request == self._awaited:
             self._awaited = None
-            self._answers[request] = (message, info)
+            self._answer = (message, info)
         else:
             raise ProtocolError(f"{type(message).__name__} answers request {request}, awaited was {self._awaited}")
 
-    def _post(self, message: nvsp.NvspMessage, answered: bool) -> int:
+    def _post(self, message: nvsp.NvspMessage, answered: bool) -> None:
         self._transaction += 1
         packet = Packet(
             packet_type=PACKET_INBAND,
@@ -103,7 +110,6 @@ class Rpc:
             payload=nvsp.encode_message(message),
         )
         self._send(packet, type(message).__name__)
-        return self._transaction
 
     def _post_rndis(self, message: rndis.RndisMessage, info: bytes) -> None:
         """Control messages go GPA-direct, as Linux and DPDK send them."""

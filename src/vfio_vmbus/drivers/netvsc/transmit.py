@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
+from ...dataplane.rndis import room_for, write_header
 from ...memory.access import copy, inline, load64, store64
 from ...ring.primitives import out_begin, out_end, out_publish, ring_at
+from ...wire import nvsp
+from ...wire import ring as wire_ring
+from ...wire.frame import PPI_CHECKSUM
+from ...wire.gpa import PAGE_SIZE
 from .state import FRAME, QUEUE
 
-_INBAND = 6
-_GPA_DIRECT = 9
-_WITH_COMPLETION = 1 << 48
-_SEND_RNDIS_PACKET = 107
-_NO_SECTION = 0xFFFFFFFF
-_NVSP_SIZE = 40
-_SECTION_PACKET = 16 + _NVSP_SIZE + 8
+_INBAND = wire_ring.PACKET_INBAND
+_GPA_DIRECT = wire_ring.PACKET_GPA_DIRECT
+_WITH_COMPLETION = wire_ring.FLAG_COMPLETION_REQUESTED << 48
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_NO_SECTION = nvsp.NO_SECTION
+_NVSP_SIZE = nvsp.MESSAGE_SIZE
+_SECTION_PACKET = 16 + _NVSP_SIZE + wire_ring.FOOTER_SIZE
 _RESERVED = _SECTION_PACKET + 32
 """Room that other packets leave in the ring, so that an open section can always be sent."""
-_PAGE = 4096
 
 QUEUE_SIZE = QUEUE.itemsize
 FRAME_SIZE = FRAME.itemsize
@@ -38,9 +41,9 @@ def _write_nvsp(at: int, section: int, size: int) -> None:
 
 @inline
 def tx_close(queue: Any) -> None:
-    """Send the section that is being filled, if there is one: its packet's room was kept free when it was opened."""
+    """Send the section that is being filled, if anything is in it: its packet's room was kept free when it was opened."""
     section = queue.open
-    if section < 0:
+    if section < 0 or queue.messages == 0:
         return
     ring = ring_at(queue.outgoing)
     packet = out_begin(ring, _SECTION_PACKET)
@@ -84,7 +87,7 @@ def tx_begin(queue: Any, size: int, checksum: int) -> int:
         queue.slot = -1
     else:
         tx_close(queue)
-        if queue.open >= 0 or queue.pool_free_count == 0 or need > queue.pool_slot:
+        if (queue.open >= 0 and queue.messages > 0) or queue.pool_free_count == 0 or need > queue.pool_slot:
             return 0
         queue.slot = load64(queue.pool_free + (queue.pool_free_count - 1) * 8)
         message = queue.pool + queue.slot * queue.pool_slot
@@ -96,7 +99,7 @@ def _commit_slot(queue: Any, total: int) -> int:
     """Send the slot that is being filled, GPA-direct, a range a page. 0 when the ring has no room for it."""
     slot = queue.slot
     iova = queue.pool_iova + slot * queue.pool_slot
-    pages = (total + _PAGE - 1) // _PAGE
+    pages = (total + PAGE_SIZE - 1) // PAGE_SIZE
     offset = 24 + 16 * pages
     ring = ring_at(queue.outgoing)
     packet = out_begin(ring, offset + _NVSP_SIZE + _RESERVED)
@@ -107,7 +110,7 @@ def _commit_slot(queue: Any, total: int) -> int:
     store64(packet + 8, queue.send_sections + slot)
     store64(packet + 16, pages << 32)
     for page in range(pages):
-        store64(packet + 24 + 16 * page, min(_PAGE, total - page * _PAGE))
+        store64(packet + 24 + 16 * page, min(PAGE_SIZE, total - page * PAGE_SIZE))
         store64(packet + 32 + 16 * page, (iova >> 12) + page)
     _write_nvsp(packet + offset, _NO_SECTION, 0)
     out_end(ring, length + 8)

@@ -23,6 +23,8 @@ from .state import MAX_MESSAGES
 MAX_TRANSACTION = (1 << 63) - 1
 MAX_CONTROL = 4096
 """Bytes of a control transfer."""
+MAX_WAITING = 16
+"""Answers that may wait for room while more packets are taken."""
 MAX_TRANSFER = 0x4000
 """Bytes of one RNDIS transfer, as promised to guests."""
 ALIGNMENT_SHIFT = 3
@@ -60,13 +62,17 @@ class Control:
         }
 
     def work(self, budget: int) -> bool:
-        """Take up to `budget` packets, one only once data may flow. True when something is left for later. Raises ProtocolError."""
+        """Take up to `budget` packets, one only once data may flow. True when answers wait for room. Raises ProtocolError.
+
+        A few may wait: among the packets behind may be the completion that makes room for them.
+        """
+        self.context.pair.outgoing.check()
         for _ in range(budget):
-            if not self.flush():
+            if not self.flush() and len(self._outbox) > MAX_WAITING:
                 return True
             packet = self.context.pair.incoming.receive()
             if packet is None:
-                return False
+                break
             self._take(packet)
             if self.ready:
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...memory.access import inline, load64, load64_acquire, store64, store64_release
+from ...memory.kernel import kernel
 from ...memory.libc import eventfd_signal
 from ...ring.primitives import (
     in_commit,
@@ -25,17 +26,19 @@ from ...ring.primitives import (
     packet_type,
     ring_at,
 )
+from ...wire import nvsp
+from ...wire import ring as wire_ring
 from ..frames import FRAME_SIZE
 from .receive import MAX_RANGES, deliver, give_back, nic_at
-from .state import CONTROL, MAX_PENDING, NIC, STAGE_SLOTS, WORKER
+from .state import CONTROL, MAX_PENDING, MAX_TAKEN, NIC, STAGE_SLOTS, WORKER
 from .transmit import NO_SECTION, PAIR_SIZE, STATUS_FAIL, STATUS_SUCCESS, pair_at, section_address, take_messages, take_pages
 
-INBAND = 6
-GPA_DIRECT = 9
-COMPLETION = 11
-_SEND_RNDIS_PACKET = 107
-_SEND_RNDIS_COMPLETE = 108
-_COMPLETION_SIZE = 16 + 40 + 8
+INBAND = wire_ring.PACKET_INBAND
+GPA_DIRECT = wire_ring.PACKET_GPA_DIRECT
+COMPLETION = wire_ring.PACKET_COMPLETION
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_SEND_RNDIS_COMPLETE = nvsp.SEND_RNDIS_PACKET_COMPLETE
+_COMPLETION_SIZE = 16 + nvsp.MESSAGE_SIZE + wire_ring.FOOTER_SIZE
 """A completion carries a whole NVSP message of 40 bytes: Linux copies that many."""
 
 _OWNER_AT = NIC.fields["owner"][1]  # type: ignore[index]
@@ -127,8 +130,11 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         return 0
     nic = nic_at(address)
     ring = ring_at(nic.incoming)
+    if ring.broken != 0 or ring_at(nic.outgoing).broken != 0:
+        _hand_over(address, nic)
+        return 0
     if nic.ready == 0:
-        if in_ready(ring) or ring.broken != 0:
+        if nic.waiting == 0 and in_ready(ring):
             _hand_over(address, nic)
         return 0
     if nic.pending_count > 0:
@@ -138,7 +144,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
     taken = 0
     foreign = False
     while nic.pending_count < MAX_PENDING and count + nic.max_messages <= capacity and in_ready(ring):
-        if nic.staged + nic.max_messages >= STAGE_SLOTS:
+        if nic.staged + nic.max_messages >= STAGE_SLOTS or taken == MAX_TAKEN:
             break
         header = in_header(ring)
         if header < 0:
@@ -154,7 +160,9 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
             if fresh == -2:
                 foreign = True
                 break
-            if fresh >= 0:
+            if fresh >= 0 and nic.link == 0:
+                nic.unplugged += fresh - count
+            elif fresh >= 0:
                 nic.sent_frames += fresh - count
                 for index in range(count, fresh):
                     nic.sent_bytes += load64(table + index * FRAME_SIZE + 8)
@@ -167,7 +175,8 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         in_skip(ring, header)
         taken += 1
     if foreign and taken == 0:
-        _hand_over(address, nic)
+        if nic.waiting == 0:
+            _hand_over(address, nic)
     elif taken > 0 and count == 0:
         nic_finish(address)
     return count
@@ -204,4 +213,13 @@ def nic_arm(address: int, armed: int) -> int:
         _send_completions(nic, outgoing)
         out_publish(outgoing)
     in_mask(incoming, 0 if armed != 0 else 1)
-    return 1 if armed != 0 and nic.pending_count < MAX_PENDING and in_ready(incoming) else 0
+    if armed == 0:
+        return 0
+    work = nic.pending_count < MAX_PENDING and nic.waiting == 0 and in_ready(incoming)
+    return 1 if work or incoming.broken != 0 or outgoing.broken != 0 else 0
+
+
+@kernel("void(i8)")
+def give_to_worker(address: int) -> None:
+    """The control plane is done with record and rings."""
+    store64_release(address + _OWNER_AT, WORKER)

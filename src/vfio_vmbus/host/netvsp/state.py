@@ -8,6 +8,8 @@ MAX_PENDING = 256
 """Completions that may wait for room in the ring; while they do, nothing more is read."""
 MAX_PAGES = 64
 """Page ranges of one GPA-direct packet that are looked at together; a packet with more fails."""
+MAX_TAKEN = 512
+"""Packets of one guest that are looked at in a row; then others get their turn, and the worker's owner."""
 MAX_MESSAGES = 64
 """RNDIS messages in one transfer that a guest may be promised."""
 STAGE_SLOTS = 128
@@ -21,6 +23,7 @@ NIC = np.dtype(
     [
         ("owner", "i8"),  # WORKER or CONTROL: who may touch this record and its rings just now
         ("ready", "i8"),  # 1 once both buffers are there and RNDIS is initialised: data may flow
+        ("waiting", "i8"),  # 1 while the control plane's answers wait for room: it takes nothing more
         ("link", "i8"),  # 1 while the virtual cable is plugged in
         ("incoming", "i8"),  # address of the guest-to-host RING
         ("outgoing", "i8"),  # address of the host-to-guest RING
@@ -53,6 +56,7 @@ NIC = np.dtype(
         ("received_bytes", "i8"),
         ("no_buffer", "i8"),  # frames lost because the guest gave no receive section back
         ("filtered", "i8"),
+        ("unplugged", "i8"),  # frames that the guest sent while the virtual cable was out
         ("bad_sections", "i8"),  # transfers with a section that does not exist
         ("bad_messages", "i8"),  # transfers with RNDIS messages that contradict themselves
         ("bad_ranges", "i8"),  # GPA-direct packets whose ranges contradict themselves

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from uuid import UUID, uuid4
 
 import numpy as np
 
 from ...dataplane.rndis import PARSED
-from ...errors import PeerError, UsageError
+from ...errors import LocalError, PeerError, UsageError
 from ...memory.block import Block
 from ...wire import nvsp, oid
 from ...wire.guids import CLASS_NETWORK
@@ -18,11 +19,14 @@ from ..switch.port import Port
 from ..switch.switch import Switch
 from ..vsp import ChannelContext
 from .control import Control
+from .dataplane import give_to_worker
 from .objects import Objects
 from .state import CONTROL, MAX_PAGES, MAX_PENDING, NIC, PAIR, STAGE_SLOT, STAGE_SLOTS, WORKER
 
 _BUDGET = 64
 _RETRY_SECONDS = 0.001
+_LONGEST_RETRY_SECONDS = 0.1
+"""Answers that wait for room are tried again after the first, then twice as late each time up to the second."""
 
 
 class Netvsp:
@@ -63,6 +67,7 @@ class Netvsp:
         self._totals: dict[str, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._delay = _RETRY_SECONDS
 
     def counter(self, name: str) -> int:
         """A counter of the data plane, over all times that the channel was open."""
@@ -81,7 +86,7 @@ class Netvsp:
         control_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fill(context, control_fd)
         self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu)
-        self._loop.add_reader(control_fd, self._handle)
+        self._loop.add_reader(control_fd, context.guarded(self._handle))
         self.port = self._switch.add_nic(
             self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
         )
@@ -161,26 +166,33 @@ class Netvsp:
             os.eventfd_read(self._nic["control_fd"])
         except BlockingIOError:
             return
-        self._work(control)
+        self._work(control, lambda: control.work(_BUDGET))
 
-    def _work(self, control: Control) -> None:
+    def _work(self, control: Control, step: Callable[[], bool]) -> None:
+        """One step of the control plane, which owns the record; `step` says whether answers wait for room.
+
+        What goes wrong on account of the guest ends its use of the channel, and nothing else.
+        """
         try:
-            later = control.work(_BUDGET)
-        except PeerError as error:
+            later = step()
+        except (PeerError, LocalError, OSError) as error:
             self.close()
             control.context.failed(error)
             return
-        self._give_to_worker()
-        if later and self._loop is not None and self._retry is None:
-            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
-
-    def _give_to_worker(self) -> None:
-        self._nic["owner"] = WORKER
+        self._nic["waiting"] = int(later)
+        give_to_worker(self._nic.address)
         self._switch.worker.wake()
+        if not later:
+            self._delay = _RETRY_SECONDS
+        elif self._retry is None and self._loop is not None:
+            self._retry = self._loop.call_later(self._delay, control.context.guarded(self._reclaim))
+            self._delay = min(2 * self._delay, _LONGEST_RETRY_SECONDS)
 
     def _reclaim(self) -> None:
         """Answers wait for room: take the channel back for a moment and try again."""
-        self._retry = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         control = self._control
         if control is None:
             return
@@ -188,10 +200,7 @@ class Netvsp:
             if self._nic["owner"] == CONTROL:
                 return  # handed over just now: `_handle` is about to run
             self._nic["owner"] = CONTROL
-        flushed = control.flush()
-        self._give_to_worker()
-        if not flushed and self._loop is not None:
-            self._retry = self._loop.call_later(_RETRY_SECONDS, self._reclaim)
+        self._work(control, lambda: not control.flush())
 
 
 _COUNTERS = (
@@ -201,6 +210,7 @@ _COUNTERS = (
     "received_bytes",
     "no_buffer",
     "filtered",
+    "unplugged",
     "bad_sections",
     "bad_messages",
     "bad_ranges",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...dataplane.worker import SPIN_NS, Worker
-from ...errors import UsageError
+from ...errors import ClosedError, UsageError, WaitTimeout
 from ...memory.block import Block
 from ..frames import BURST, FRAME, mac_value
 from .capture_file import MAX_SNAPLEN, CaptureFile
@@ -68,6 +68,7 @@ class Switch:
         self._entries = Block(ENTRY, BUCKETS * WAYS)
         self._frames = Block(FRAME, BURST)
         self._ports: dict[int, Port] = {}
+        self._closed = False
         self.worker = Worker(name, switch_run, self.state.address, poll=poll, spin_ns=spin_ns, keep=self)
         self.state["control"] = self.worker.control.address
         self.state["ports"] = self._records.address
@@ -85,13 +86,21 @@ class Switch:
         """Start forwarding. Raises UsageError when it was started before."""
         self.worker.start()
 
-    def close(self) -> None:
-        """Stop, remove all ports, give everything back; idempotent. Raises what the worker or a capture file failed with."""
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop, remove all ports, give everything back; idempotent.
+
+        Raises what the worker or a capture file failed with, or WaitTimeout when the worker does not end: then it keeps its ports.
+        """
+        self._closed = True
         with ExitStack() as stack:
             for port in self.ports:
                 stack.callback(port.release)
                 stack.callback(self._take_out, port)
-            stack.callback(self.worker.stop)
+            try:
+                self.worker.stop(timeout)
+            except WaitTimeout:
+                stack.pop_all()  # it may still be using them
+                raise
 
     def __enter__(self) -> Switch:
         self.start()
@@ -250,6 +259,8 @@ class Switch:
     ) -> Port:
         """Put a port into the first free place. `resources` are the port's, or closed if that fails."""
         with resources, self.worker.paused():
+            if self._closed:
+                raise ClosedError(f"switch {self.name} is closed")
             index = next((number for number in range(MAX_PORTS) if number not in self._ports), MAX_PORTS)
             if index == MAX_PORTS:
                 raise UsageError(f"switch {self.name} has {MAX_PORTS} ports already, the most it can have")

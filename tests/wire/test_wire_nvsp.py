@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_strategies import structs
 
+from tests.wire.strategies import structs
 from vfio_vmbus.errors import ProtocolError, UsageError
 from vfio_vmbus.wire import nvsp
 from vfio_vmbus.wire.nvsp import decode_indirection_table, encode_indirection_table, encode_message, parse_message

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wire_strategies import all_structs
 
+from tests.wire.strategies import all_structs
 from vfio_vmbus.wire import frame, gpa, guids, ndis, nvsp, oid, ring, rndis, vmbus
 from vfio_vmbus.wire.bits import BitField
 from vfio_vmbus.wire.layout import Codec, Nested, Struct, Tail
@@ -125,7 +125,7 @@ LAYOUTS: list[tuple[type[Struct], str, str, str]] = [
     ),
     (
         ring.GpaDirectHeader,
-        "vmbus_packet_mpb_array",  # the fixed part is all of it up to the range
+        "vmbus_packet_mpb_array",  # its fixed part; vmdata_gpa_direct, which nothing uses, is in no BTF
         "-24",
         "header=- header.packet_type=type header.offset8=dataoffset8 header.length8=length8 header.flags=flags "
         "header.transaction_id=transactionid reserved=reserved range_count=rangecount",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_strategies import all_structs, raw_bytes, structs
 
+from tests.wire.strategies import all_structs, raw_bytes, structs
 from vfio_vmbus.errors import ProtocolError, UsageError
 from vfio_vmbus.wire.bits import BitField, Bits
 from vfio_vmbus.wire.layout import S32, U8, U16, U32, Array, BitsCodec, Guid, Int, Raw, Struct, Tail, struct

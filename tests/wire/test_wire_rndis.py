@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_strategies import structs
 
+from tests.wire.strategies import structs
 from vfio_vmbus.errors import ProtocolError, UsageError
 from vfio_vmbus.wire import ndis, oid, rndis
 from vfio_vmbus.wire.rndis import encode_message, parse_message, split_messages

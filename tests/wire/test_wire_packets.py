@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wire_strategies import structs
 
+from tests.wire.strategies import structs
 from vfio_vmbus.errors import ProtocolError, RingError, UsageError
 from vfio_vmbus.wire import ring
 from vfio_vmbus.wire.gpa import page_range, single_pages

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_strategies import structs
 
+from tests.wire.strategies import structs
 from vfio_vmbus.errors import ProtocolError
 from vfio_vmbus.wire import vmbus
 from vfio_vmbus.wire.guids import CLASS_GUIDS, CLASS_NAMES

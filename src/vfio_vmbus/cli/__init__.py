@@ -1,0 +1,1 @@
+"""The command `vfio-vmbus`: arguments and printing. Nothing here is needed to use the package."""

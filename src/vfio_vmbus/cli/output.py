@@ -1,0 +1,98 @@
+"""What commands print: tables for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+_PADDING = 3
+"""Columns of the terminal that a table puts around each of its own."""
+
+
+def print_json(value: Any) -> None:
+    """One object (or list) on stdout. Bytes are MAC addresses."""
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.hex(":") if isinstance(value, bytes) else value
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = (), narrow: int | None = None
+) -> None:
+    """A table on stdout. right: columns of numbers. narrow: a column that is cut short where the terminal is too narrow for it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    cells = [[cell if isinstance(cell, str) else count(cell) for cell in row] for row in rows]
+    widths = [max((len(row[index]) for row in cells), default=0) for index in range(len(columns))]
+    widths = [max(width, len(name)) for width, name in zip(widths, columns, strict=True)]
+    if narrow is not None:
+        others = sum(widths) - widths[narrow] + _PADDING * len(columns) + 1
+        widths[narrow] = max(min(widths[narrow], console.width - others), len(columns[narrow]))
+    for index, name in enumerate(columns):
+        cut = index == narrow
+        table.add_column(
+            name,
+            justify="right" if index in right else "left",
+            overflow="ellipsis" if cut else "fold",
+            no_wrap=cut,
+            width=widths[index] if narrow is not None else None,
+        )
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def count(value: Any) -> str:
+    """A number with thousands set apart; anything else as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return value.hex(":") if isinstance(value, bytes) else str(value)
+
+
+class Progress:
+    """What is going on, on stderr: a spinner with the latest word on a terminal, a line a step elsewhere."""
+
+    def __init__(self, status: Any) -> None:
+        self._status = status
+
+    def step(self, text: str) -> None:
+        """Something new begins."""
+        if self._status is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._status.update(text)
+
+    def say(self, text: str) -> None:
+        """How far it is."""
+        if self._status is not None:
+            self._status.update(text)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Progress]:
+    """Show `text` with a spinner while the block runs, on a terminal."""
+    if not sys.stderr.isatty():
+        yield Progress(None)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as status:
+        yield Progress(status)
