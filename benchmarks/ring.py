@@ -107,13 +107,15 @@ def serve(role: str, fd: int, core: int) -> None:
     os.sched_setaffinity(0, {core})
     with Mapping([Piece(fd, 0, (1 + DATA_PAGES) * PAGE)], wrap_from=PAGE) as mapping:
         end = OutgoingRing(mapping) if role == "write" else IncomingRing(mapping)
-        work = write_packets if role == "write" else read_packets
         memory, table = Block("u1", BURST * SLOT), Block(PACKET, BURST)
         memory.array[:] = 1
         for line in sys.stdin:
             size, burst, packets = map(int, line.split())
             table.array[:] = [(at * SLOT, size, 0, 6, 0, 16) for at in range(BURST)]
-            took = work(end.address, memory.address, memory.size, table.address, burst, packets)
+            if role == "write":
+                took = write_packets(end.address, memory.address, table.address, burst, packets)
+            else:
+                took = read_packets(end.address, memory.address, memory.size, table.address, burst, packets)
             end.check()
             print(took, flush=True)
 

@@ -142,12 +142,19 @@ class Attacker:
     """A client that has brought a card up over `device`, which stays the caller's: closing it ends the attacker, without a good-bye.
 
     prey: what belongs to others. patience: seconds to wait for answers that may never come; gone: says that none will, earlier.
+    options: as of Netvsc, whose buffers are small here.
     Its own memory: `trap` (for the host to read), `deaf` (the host may only write), `mute` (the host may only read); all full of
     what `marked_memory` gives, so that none of it should ever be seen in a frame, and neither `deaf` nor `mute` should change.
     """
 
     def __init__(
-        self, device: OfferedDevice, prey: Prey | None = None, *, patience: float = 0.3, gone: Callable[[], bool] = lambda: False
+        self,
+        device: OfferedDevice,
+        prey: Prey | None = None,
+        *,
+        patience: float = 0.3,
+        gone: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
         self.device = device
         self.connection = device.connection
@@ -158,8 +165,8 @@ class Attacker:
         """False: let answers pile up in the ring until the end."""
         self._noted = _Noted(device)
         self._tally = _Tally()
-        self._next = FIRST_TRANSACTION
-        self.nic = Netvsc(self._noted, **_BUFFERS)
+        self.last_transaction = FIRST_TRANSACTION
+        self.nic = Netvsc(self._noted, **(_BUFFERS | options))
         self.mac = self.nic.mac
         self.channel = self._noted.channels[0]
         self.receive_buffer = self._noted.shared["receive-buffer"]
@@ -206,8 +213,8 @@ class Attacker:
     ) -> bytes:
         """A packet's bytes; the header lies where it is told to. With flag 1 its answer is waited for."""
         if transaction is None:
-            self._next += 1
-            transaction = self._next
+            self.last_transaction += 1
+            transaction = self.last_transaction
             if flags & 1:
                 self._tally.waiting.add(transaction)
         body = lists + payload.ljust(-(-len(payload) // 8) * 8, b"\0")
