@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...dataplane.rndis import PLAIN_ROOM
-from ...memory.access import inline, load64, load64_acquire, prefetch, store64, store64_release
+from ...memory.access import inline, load64, load64_acquire, store64, store64_release
 from ...memory.kernel import kernel
 from ...memory.libc import eventfd_signal
 from ...ring.primitives import (
@@ -29,7 +28,7 @@ from ...ring.primitives import (
 )
 from ...wire import nvsp
 from ...wire import ring as wire_ring
-from ..frames import FRAME_SIZE, frame_at
+from ..frames import FRAME_SIZE
 from .receive import MAX_RANGES, deliver, give_back, nic_at
 from .state import CONTROL, MAX_PENDING, MAX_TAKEN, NIC, STAGE_SLOTS, WORKER
 from .transmit import NO_SECTION, PAIR_SIZE, STATUS_FAIL, STATUS_SUCCESS, pair_at, section_address, take_messages, take_pages
@@ -41,11 +40,6 @@ _SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
 _SEND_RNDIS_COMPLETE = nvsp.SEND_RNDIS_PACKET_COMPLETE
 _COMPLETION_SIZE = 16 + nvsp.MESSAGE_SIZE + wire_ring.FOOTER_SIZE
 """A completion carries a whole NVSP message of 40 bytes: Linux copies that many."""
-
-_SECTION_AT = 16 + 8
-"""Bytes from the start of an in-band packet to its section and size."""
-_AHEAD = 8
-"""Frames between the one that is looked at and the one whose memory is asked for: what lies with the other core takes its time."""
 
 _OWNER_AT = NIC.fields["owner"][1]  # type: ignore[index]
 
@@ -130,27 +124,6 @@ def nic_finish(address: int) -> None:
 
 
 @inline
-def _ask_for_later(nic: Any, ring: Any, header: int, frames: int, size: int) -> None:
-    """Prefetch the messages of a section that a packet further on names, if it goes on as with this one: `frames` of `size` bytes.
-
-    What the guest wrote there is a hint, and checked only so far that it leads into the send buffer.
-    """
-    later = (1 + _AHEAD // frames) * (packet_length(header) + wire_ring.FOOTER_SIZE)
-    if ring.room < later + _SECTION_AT + 8:
-        return
-    place = load64(ring.data + ring.index + later + _SECTION_AT)
-    section = place & NO_SECTION
-    used = (place >> 32) & NO_SECTION
-    if section >= nic.send_sections or used > nic.send_section:
-        return
-    message = nic.send + section * nic.send_section
-    step = (PLAIN_ROOM + size + 7) & -8
-    for at in range(0, min(used, _AHEAD * step), step):
-        prefetch(message + at)
-        prefetch(message + at + PLAIN_ROOM)
-
-
-@inline
 def nic_poll(address: int, table: int, capacity: int) -> int:
     """Frames that the guest sent, up to `capacity`, into `table`. They stay where they are until `nic_finish`."""
     if not _is_workers(address):
@@ -187,8 +160,6 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
             if fresh == -2:
                 foreign = True
                 break
-            if fresh > count:
-                _ask_for_later(nic, ring, header, fresh - count, frame_at(table + count * FRAME_SIZE).size)
             if fresh >= 0 and nic.link == 0:
                 nic.unplugged += fresh - count
             elif fresh >= 0:
