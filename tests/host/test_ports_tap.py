@@ -57,10 +57,10 @@ def test_the_longest_frame_passes_and_a_longer_one_is_counted(limit: int) -> Non
     left, right = Station(switch, max_frame=limit), Station(switch)
     frames = [frame(A, B, size, size) for size in (limit, limit + 1, limit + 100, limit - 1, 9216)]
     left.send(*frames)
-    right.send(frame(B, A, limit + 1))
+    right.send(frame(B, A, limit), frame(B, A, limit + 1))
     step(switch)
     assert right.received() == [frames[0], frames[3]]
-    assert left.received() == []
+    assert left.received() == [frame(B, A, limit)]
     assert left.port.counters().too_long == 4, "three from it, one for it"
     close_all(switch, [left, right])
 

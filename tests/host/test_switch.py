@@ -7,16 +7,19 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from switch_rig import BROADCAST, Station, bind, close_all, eventually, frame, mac, step
 
-from vfio_vmbus.errors import ClosedError, UsageError
+from vfio_vmbus.errors import ClosedError, UsageError, WaitTimeout
 from vfio_vmbus.host.frames import mac_value
+from vfio_vmbus.host.netvsp.state import CONTROL, NIC
 from vfio_vmbus.host.switch.fdb import fdb_learn, fdb_lookup, fdb_pin
 from vfio_vmbus.host.switch.forwarding import switch_round
 from vfio_vmbus.host.switch.state import BUCKETS, FLOOD, MAX_PORTS, WAYS
 from vfio_vmbus.host.switch.switch import Switch
+from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.kernel import INTERPRETED
 
 A, B, C = mac(1), mac(2), mac(3)
@@ -161,6 +164,32 @@ def test_a_port_bound_to_an_address_keeps_it_whoever_claims_it(switch: Switch) -
     close_all(switch, [owner, thief, third])
 
 
+@pytest.mark.parametrize("before", ["unknown", "elsewhere", "forgotten"])
+def test_what_one_frame_of_a_burst_teaches_the_next_one_knows(switch: Switch, before: str) -> None:
+    left, right, third = Station(switch), Station(switch), Station(switch)
+    now = 10**12
+    if before != "unknown":
+        (right if before == "elsewhere" else left).send(frame(B, C))
+        step(switch, now)
+        now += 400 * 10**9 if before == "forgotten" else 0
+    for station in (left, right, third):
+        station.received()
+    left.send(frame(A, B, mark=1), frame(B, B, mark=2), frame(A, B, mark=3))
+    step(switch, now)
+    assert right.received() == [frame(A, B, mark=1)]
+    assert third.received() == ([] if before == "elsewhere" else [frame(A, B, mark=1)])
+    assert left.port.counters().filtered == 2
+    close_all(switch, [left, right, third])
+
+
+def test_addresses_of_one_maker_do_not_crowd_each_other_out(switch: Switch) -> None:
+    switch.state["now"] = 10**12
+    for number in range(1000):
+        fdb_learn(switch.state.address, mac_value(b"\x00\x15\x5d" + number.to_bytes(3, "big")), 1)
+    assert switch.state["evicted"] == 0
+    assert (switch._entries.array["port"] == 1).sum() == 1000
+
+
 def test_a_closed_socket_is_an_error_that_is_not_repeated_all_the_time(switch: Switch) -> None:
     left, right, third = Station(switch), Station(switch), Station(switch)
     right.close()
@@ -259,3 +288,62 @@ def test_a_datagram_socket_will_do_for_a_tap(switch: Switch) -> None:
         step(switch)
         assert station.received() == [frame(A, B)]
     station.close()
+
+
+def test_a_card_has_a_static_address_of_its_own() -> None:
+    """Its data plane stays out of this: the record is in the hands of the control plane, so the worker leaves it alone."""
+    card, doorbell = Block(NIC), os.eventfd(0)
+    card["owner"] = CONTROL
+    with Switch() as switch:
+        station = Station(switch)
+        nic = switch.add_nic(card.address, doorbell, A, "card")
+        assert [(entry.mac, entry.port, entry.static, entry.age) for entry in switch.fdb()] == [(A, "card", True, 0.0)]
+        with pytest.raises(UsageError, match="02:00:00:00:00:01 is the address of another NIC"):
+            switch.add_nic(card.address, doorbell, A)
+        other = switch.add_nic(card.address, doorbell, C, "free", allow_spoofing=True)
+        assert switch._records.array["bound"][[nic.index, other.index]].tolist() == [mac_value(A), 0]
+        station.send(frame(B, A))
+        eventually(lambda: nic.counters().no_room == 1, "a frame that the card cannot take")
+        assert other.counters().no_room == 0
+        switch.remove(nic)
+        assert {entry.mac: entry.port for entry in switch.fdb()} == {B: station.port.name, C: "free"}
+        switch.add_nic(card.address, doorbell, A)
+    os.eventfd_write(doorbell, 1)
+    os.close(doorbell)
+    station.close()
+
+
+def test_a_descriptor_can_be_a_port_again() -> None:
+    with Switch() as switch:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        station = Station(switch)
+        with mine, theirs:
+            for number in range(3):
+                port = switch.add_tap(theirs.fileno())
+                mine.send(frame(A, B, mark=number))
+                assert station.receive() == frame(A, B, mark=number)
+                switch.remove(port)
+    station.close()
+
+
+def test_a_worker_that_hangs_keeps_its_ports_until_it_ends() -> None:
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with mine, theirs:
+        switch = Switch(poll="busy")
+        port = switch.add_tap(theirs.fileno())
+        theirs.setblocking(True)  # the flag belongs to the socket, so the port's descriptor blocks, too
+        switch.start()
+
+        def hangs() -> bool:
+            with suppress(WaitTimeout), switch.worker.paused(timeout=0.05):
+                return False
+            return True
+
+        eventually(hangs, "a read that blocks")
+        with pytest.raises(WaitTimeout, match="worker switch to end"):
+            switch.close(timeout=0.05)
+        assert switch.ports == [port]
+        theirs.setblocking(False)
+        mine.send(frame(A, B))
+        switch.close()
+        assert switch.ports == []

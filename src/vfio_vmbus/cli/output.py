@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+_PADDING = 3
+"""Columns of the terminal that a table puts around each of its own."""
+
 
 def print_json(value: Any) -> None:
     """One object (or list) on stdout. Bytes are MAC addresses."""
@@ -32,12 +35,25 @@ def print_table(
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    cells = [[cell if isinstance(cell, str) else count(cell) for cell in row] for row in rows]
+    widths = [max((len(row[index]) for row in cells), default=0) for index in range(len(columns))]
+    widths = [max(width, len(name)) for width, name in zip(widths, columns, strict=True)]
+    if narrow is not None:
+        others = sum(widths) - widths[narrow] + _PADDING * len(columns) + 1
+        widths[narrow] = max(min(widths[narrow], console.width - others), len(columns[narrow]))
     for index, name in enumerate(columns):
         cut = index == narrow
-        table.add_column(name, justify="right" if index in right else "left", overflow="ellipsis" if cut else "fold", no_wrap=cut)
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else count(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_column(
+            name,
+            justify="right" if index in right else "left",
+            overflow="ellipsis" if cut else "fold",
+            no_wrap=cut,
+            width=widths[index] if narrow is not None else None,
+        )
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def count(value: Any) -> str:

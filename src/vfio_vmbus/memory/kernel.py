@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import overload
+
+from . import part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +32,7 @@ INTERPRETED = bool(numba.config.DISABLE_JIT)
 """True where kernels run as plain Python (NUMBA_DISABLE_JIT=1)."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_KEPT_FOLDERS = 8
 
 
 @cache
@@ -46,7 +51,9 @@ def cache_folder() -> Path | None:
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
         folder = root / f"kernels-{_fingerprint()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _prune(root)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable", str(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
@@ -57,6 +64,12 @@ def cache_folder() -> Path | None:
         )
         return None
     return folder
+
+
+def _prune(root: Path) -> None:
+    """Every change of the sources makes another folder: drop all but the youngest. Whoever still runs on one has it in memory."""
+    for old in sorted(root.glob("kernels-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT_FOLDERS]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
@@ -95,11 +108,36 @@ def kernel(signature: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         if INTERPRETED:
             return function
-        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, no_cfunc_wrapper=True)(function)
         if cache_folder() is not None:
             dispatcher._cache = _Cache(function)
         dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
+
+    return decorate
+
+
+class _Step:
+    """A function that is compiled into the kernels that call it, and by itself when Python calls it."""
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self._signature = signature
+        self._function = function
+        self._kernel: Callable[..., Any] | None = None
+        update_wrapper(self, function)
+        overload(self, jit_options=part.OPTIONS, strict=False)(lambda *arguments: function)
+
+    def __call__(self, *arguments: int) -> Any:
+        if self._kernel is None:
+            self._kernel = kernel(self._signature)(self._function)
+        return self._kernel(*arguments)
+
+
+def step(signature: str) -> Callable[[F], F]:
+    """For what mostly kernels call: as `kernel`, but compiled no sooner than Python calls it. Kernels get it built in."""
+
+    def decorate(function: F) -> F:
+        return function if INTERPRETED else cast(F, _Step(function, signature))
 
     return decorate

@@ -40,3 +40,8 @@ def check(address: int, size: int) -> None:
     """
     if size < 0 or not (_inside(address, size) or _inside(address, size) or _inside(address, size)):
         raise OutOfBounds(f"access of {size} bytes at {address:#x} is outside registered memory")
+
+
+def registered() -> int:
+    """How many pieces of memory are registered."""
+    return len(_ends)

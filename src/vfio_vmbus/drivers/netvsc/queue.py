@@ -44,6 +44,14 @@ class Counters:
     """Control messages of the host that there was no place for."""
 
 
+def _address_of(table: Block | NDArray[np.void]) -> int:
+    """Where a table of FRAME rows lies. Raises UsageError for anything else."""
+    array = table.array if isinstance(table, Block) else table
+    if array.dtype != FRAME or array.ndim != 1 or not array.flags.c_contiguous:
+        raise UsageError("tx_burst takes a contiguous table of FRAME rows")
+    return table.address if isinstance(table, Block) else int(array.ctypes.data)
+
+
 class Queue:
     """Send and receive. One thread at a time; `address` is what kernels of applications get (see `transmit` and `receive`)."""
 
@@ -53,6 +61,11 @@ class Queue:
         self._closed = False
         self._state = Block(QUEUE)
         self._received = Block(FRAME, burst)
+        # What a loop in Python would pay for in each burst: slices of the table, and numbers that never change.
+        self._bursts = [self._received.array[:count] for count in range(burst + 1)]
+        self._address = self._state.address
+        self._received_address = self._received.address
+        self._buffer: SharedBuffer | None = None
         self._tables: dict[str, Block] = {}
         for name, value in {
             "incoming": channel.incoming.address,
@@ -69,10 +82,18 @@ class Queue:
     @property
     def address(self) -> int:
         """Address of the QUEUE record, for kernels."""
-        return self._state.address
+        return self._address
+
+    @property
+    def receive_buffer(self) -> SharedBuffer:
+        """Where received frames lie: what `rx_burst` hands out are addresses in it. The frames of a burst may be changed in place."""
+        if self._buffer is None:
+            raise UsageError("this queue has no receive buffer yet")
+        return self._buffer
 
     def use_receive_buffer(self, buffer: SharedBuffer, longest: int) -> None:
         """Frames of up to `longest` bytes come through this buffer."""
+        self._buffer = buffer
         self._state["longest"] = longest
         self._state["receive"] = buffer.address
         self._state["receive_size"] = buffer.size
@@ -106,11 +127,11 @@ class Queue:
 
         Raises RingError when the host broke the ring, ClosedError when the queue is closed.
         """
-        capacity = self.burst if count is None else min(count, self.burst)
-        received = kernels.receive_burst(self.address, self._received.address, capacity)
+        capacity = self.burst if count is None or count > self.burst else count
+        received: int = kernels.receive_burst(self._address, self._received_address, capacity)
         if received == 0 and self._state["attention"]:
             self._check()
-        return self._received.array[:received]
+        return self._bursts[received]
 
     def tx_burst(self, table: Block | NDArray[np.void]) -> int:
         """Send copies of the frames in a table as `rx_burst` gives it (or a Block of FRAME rows). How many there was room for.
@@ -118,14 +139,13 @@ class Queue:
         Every row's memory must be readable: a row of addresses of your own must come from memory that you keep. Raises RingError
         when the host broke the ring, ClosedError when the queue is closed.
         """
-        array = table.array if isinstance(table, Block) else table
-        if array.dtype != FRAME or not array.flags.c_contiguous:
-            raise UsageError("tx_burst takes a contiguous table of FRAME rows")
-        address = table.address if isinstance(table, Block) else int(array.ctypes.data)
-        sent: int = kernels.transmit_burst(self.address, address, len(array))
-        if sent < len(array):
+        count = len(table.array if isinstance(table, Block) else table)
+        received_here = count <= self.burst and table is self._bursts[count]
+        address = self._received_address if received_here else _address_of(table)
+        sent: int = kernels.transmit_burst(self._address, address, count)
+        if sent < count:
             self._check()
-            kernels.reap(self.address)
+            kernels.reap(self._address)
         return sent
 
     def wait(self, seconds: float) -> bool:

@@ -26,17 +26,19 @@ from ...ring.primitives import (
     packet_type,
     ring_at,
 )
+from ...wire import nvsp
+from ...wire import ring as wire_ring
 from ..frames import FRAME_SIZE
 from .receive import MAX_RANGES, deliver, give_back, nic_at
 from .state import CONTROL, MAX_PENDING, MAX_TAKEN, NIC, STAGE_SLOTS, WORKER
 from .transmit import NO_SECTION, PAIR_SIZE, STATUS_FAIL, STATUS_SUCCESS, pair_at, section_address, take_messages, take_pages
 
-INBAND = 6
-GPA_DIRECT = 9
-COMPLETION = 11
-_SEND_RNDIS_PACKET = 107
-_SEND_RNDIS_COMPLETE = 108
-_COMPLETION_SIZE = 16 + 40 + 8
+INBAND = wire_ring.PACKET_INBAND
+GPA_DIRECT = wire_ring.PACKET_GPA_DIRECT
+COMPLETION = wire_ring.PACKET_COMPLETION
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_SEND_RNDIS_COMPLETE = nvsp.SEND_RNDIS_PACKET_COMPLETE
+_COMPLETION_SIZE = 16 + nvsp.MESSAGE_SIZE + wire_ring.FOOTER_SIZE
 """A completion carries a whole NVSP message of 40 bytes: Linux copies that many."""
 
 _OWNER_AT = NIC.fields["owner"][1]  # type: ignore[index]

@@ -21,7 +21,7 @@ from ...memory.access import (
     store64_release,
     viewer,
 )
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ...memory.libc import EINTR, clock_ns, eventfd_signal, sys_write
 from ..frames import FRAME_SIZE, frame_at, stamp
 from .state import FLOOD, port_at
@@ -65,7 +65,7 @@ def _record(tape: Any, header: int, head: int, frame: Any, size: int) -> None:
     stamp(place + RECORD, frame)
 
 
-@kernel("void(i8, i8, i8)")
+@step("void(i8, i8, i8)")
 def capture_take(address: int, frames: int, count: int) -> None:
     """Record the frames of a burst that go anywhere; those for which there is no room are counted."""
     port = port_at(address)
@@ -96,7 +96,7 @@ def capture_take(address: int, frames: int, count: int) -> None:
             eventfd_signal(tape.signal, port.state + _SCRATCH)
 
 
-@kernel("i8(i8, i8)")
+@step("i8(i8, i8)")
 def capture_drain(address: int, fd: int) -> int:
     """On the file thread: write all there is to the file. Returns 0 once there is no more, or minus an errno."""
     tape = tape_at(address)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...memory.access import inline
-from ...memory.kernel import kernel
+from ...memory.kernel import kernel, step
 from .state import BUCKETS, ENTRY_SIZE, FLOOD, STATIC, WAYS, entry_at, switch_at
 
 
@@ -14,7 +14,7 @@ def bucket_of(fdb: int, mac: int) -> int:
     return fdb + ((mixed >> 17) & (BUCKETS - 1)) * (WAYS * ENTRY_SIZE)
 
 
-@kernel("i8(i8, i8)")
+@step("i8(i8, i8)")
 def fdb_lookup(address: int, mac: int) -> int:
     """The port of an address, or FLOOD when it is unknown or has not been seen for longer than the switch remembers."""
     switch = switch_at(address)
@@ -26,7 +26,7 @@ def fdb_lookup(address: int, mac: int) -> int:
     return FLOOD
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def fdb_learn(address: int, mac: int, port: int) -> int:
     """Note that `mac` is at `port` now; 1 if a lookup can have another answer than before. Static entries stay."""
     switch = switch_at(address)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...dataplane.worker import BUSY, attention, control_at, scratch_of, sleep
 from ...memory.access import inline, load64, pause
-from ...memory.kernel import kernel
+from ...memory.kernel import kernel, step
 from ...memory.libc import clock_ns
 from ..frames import ADDRESSES, FRAME_SIZE, frame_at
 from .capture import capture_take
@@ -41,7 +41,7 @@ LONGEST_SLEEP = 60_000
 MILLISECOND = 1_000_000
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def _target(address: int, source: int, destination: int) -> int:
     """Where frames for `destination` go that came in at port `source`."""
     if destination & GROUP != 0:
@@ -50,7 +50,7 @@ def _target(address: int, source: int, destination: int) -> int:
     return FILTERED if port == source else port
 
 
-@kernel("void(i8, i8, i8)")
+@step("void(i8, i8, i8)")
 def _judge(address: int, source: int, count: int) -> None:
     """Give every frame of the table its target; learn where its sender is. Looks things up once in a run of equal addresses."""
     switch = switch_at(address)
@@ -101,7 +101,7 @@ def _drop(place: int, why: int, count: int) -> None:
         port.too_long += count
 
 
-@kernel("void(i8, i8, i8, i8, i8, i8)")
+@step("void(i8, i8, i8, i8, i8, i8)")
 def _hand_on(address: int, source: int, frames: int, count: int, size: int, longest: int) -> None:
     """A run of `count` frames with one target: `size` bytes together, at most `longest` each."""
     switch = switch_at(address)
@@ -120,7 +120,7 @@ def _hand_on(address: int, source: int, frames: int, count: int, size: int, long
                 port_deliver(place, frames, count, size, longest)
 
 
-@kernel("void(i8, i8, i8)")
+@step("void(i8, i8, i8)")
 def switch_forward(address: int, source: int, count: int) -> None:
     """Forward `count` frames of the table, which came in at port number `source`."""
     switch = switch_at(address)
@@ -149,7 +149,7 @@ def switch_forward(address: int, source: int, count: int) -> None:
         start = end
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def switch_round(address: int) -> int:
     """One burst from every port in turn. Returns how many frames there were; ends early when the worker is called."""
     switch = switch_at(address)
@@ -169,7 +169,7 @@ def switch_round(address: int) -> int:
     return work
 
 
-@kernel("void(i8)")
+@step("void(i8)")
 def _rest(address: int) -> None:
     """Nothing to do: sleep until a port or the worker's owner has something, or the next paced frame is due."""
     switch = switch_at(address)

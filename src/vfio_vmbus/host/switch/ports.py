@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ..frames import BURST, FRAME_SIZE, frame_at
 from ..netvsp.dataplane import nic_arm, nic_deliver, nic_finish, nic_poll
 from .replay import NEVER, replay_due, replay_poll
@@ -11,7 +11,7 @@ from .tap import tap_deliver, tap_poll
 from .traffic import generator_poll, sink_deliver
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def port_poll(address: int, frames: int, now: int) -> int:
     """Fill the table with up to a burst of frames from a port: address, size, flags. Returns how many."""
     port = port_at(address)
@@ -27,7 +27,7 @@ def port_poll(address: int, frames: int, now: int) -> int:
     return 0
 
 
-@kernel("void(i8)")
+@step("void(i8)")
 def port_finish(address: int) -> None:
     """The frames of the last poll are where they were to go; whoever lent their memory may have it back."""
     port = port_at(address)
@@ -35,7 +35,7 @@ def port_finish(address: int) -> None:
         nic_finish(port.state)
 
 
-@kernel("void(i8, i8, i8, i8)")
+@step("void(i8, i8, i8, i8)")
 def _give(address: int, frames: int, count: int, size: int) -> None:
     """Give `count` frames of `size` bytes together, none of them too long, to a port, and count them."""
     port = port_at(address)
@@ -55,7 +55,7 @@ def _give(address: int, frames: int, count: int, size: int) -> None:
     port.tx_bytes += size
 
 
-@kernel("void(i8, i8, i8, i8, i8)")
+@step("void(i8, i8, i8, i8, i8)")
 def port_deliver(address: int, frames: int, count: int, size: int, longest: int) -> None:
     """Give `count` frames, `size` bytes together and at most `longest` each, to a port."""
     port = port_at(address)
@@ -71,7 +71,7 @@ def port_deliver(address: int, frames: int, count: int, size: int, longest: int)
             port.too_long += 1
 
 
-@kernel("i8(i8, i8)")
+@step("i8(i8, i8)")
 def ports_arm(address: int, armed: int) -> int:
     """Have all NICs signal from now on (1), before the worker sleeps, or no more (0). 1 if one has work already."""
     switch = switch_at(address)
@@ -83,7 +83,7 @@ def ports_arm(address: int, armed: int) -> int:
     return work
 
 
-@kernel("i8(i8, i8)")
+@step("i8(i8, i8)")
 def ports_due(address: int, now: int) -> int:
     """When a port has something to do that no descriptor will tell of: the next paced frame, the next try after an error."""
     switch = switch_at(address)

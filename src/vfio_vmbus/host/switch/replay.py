@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...memory.access import viewer
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ..frames import FRAME_SIZE, frame_at
 from .state import port_at
 
@@ -39,7 +39,7 @@ recording_at = viewer(RECORDING)
 item_at = viewer(ITEM)
 
 
-@kernel("i8(i8, i8, i8, i8)")
+@step("i8(i8, i8, i8, i8)")
 def replay_poll(address: int, frames: int, capacity: int, now: int) -> int:
     """Hand out up to `capacity` frames whose time has come."""
     recording = recording_at(port_at(address).state)
@@ -65,7 +65,7 @@ def replay_poll(address: int, frames: int, capacity: int, now: int) -> int:
     return count
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def replay_due(address: int) -> int:
     """When the next frame's time comes, in ns of the switch's clock; NEVER after the last."""
     recording = recording_at(port_at(address).state)

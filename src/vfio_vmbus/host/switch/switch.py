@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...dataplane.worker import SPIN_NS, Worker
-from ...errors import ClosedError, UsageError
+from ...errors import ClosedError, UsageError, WaitTimeout
 from ...memory.block import Block
 from ..frames import BURST, FRAME, mac_value
 from .capture_file import MAX_SNAPLEN, CaptureFile
@@ -86,14 +86,21 @@ class Switch:
         """Start forwarding. Raises UsageError when it was started before."""
         self.worker.start()
 
-    def close(self) -> None:
-        """Stop, remove all ports, give everything back; idempotent. Raises what the worker or a capture file failed with."""
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop, remove all ports, give everything back; idempotent.
+
+        Raises what the worker or a capture file failed with, or WaitTimeout when the worker does not end: then it keeps its ports.
+        """
         self._closed = True
         with ExitStack() as stack:
             for port in self.ports:
                 stack.callback(port.release)
                 stack.callback(self._take_out, port)
-            stack.callback(self.worker.stop)
+            try:
+                self.worker.stop(timeout)
+            except WaitTimeout:
+                stack.pop_all()  # it may still be using them
+                raise
 
     def __enter__(self) -> Switch:
         self.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...memory.access import copy, viewer
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ...memory.libc import EAGAIN, EINTR, sys_read, sys_write
 from ..frames import FRAME_SIZE, frame_at, stamp
 from .state import port_at
@@ -27,7 +27,7 @@ STAGING = np.dtype(
 staging_at = viewer(STAGING)
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def tap_poll(address: int, frames: int, now: int) -> int:
     """Read frames until there is none, or STAGED are there. Lengths are for the switch to judge."""
     port = port_at(address)
@@ -54,7 +54,7 @@ def tap_poll(address: int, frames: int, now: int) -> int:
     return count
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def tap_deliver(address: int, frames: int, count: int) -> int:
     """Write frames, by way of private memory, so that they leave with the addresses that were checked.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...memory.access import load8, viewer
-from ...memory.kernel import kernel
+from ...memory.kernel import step
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at
 from .state import port_at
 
@@ -30,7 +30,7 @@ templates_at = viewer(TEMPLATES)
 touch_at = viewer(TOUCH)
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def generator_poll(address: int, frames: int, capacity: int) -> int:
     """Hand out up to `capacity` frames."""
     templates = templates_at(port_at(address).state)
@@ -50,7 +50,7 @@ def generator_poll(address: int, frames: int, capacity: int) -> int:
     return count
 
 
-@kernel("i8(i8, i8, i8)")
+@step("i8(i8, i8, i8)")
 def sink_deliver(address: int, frames: int, count: int) -> int:
     """Look at as much of the frames as was asked for. It always has room."""
     touch = touch_at(port_at(address).state).bytes
