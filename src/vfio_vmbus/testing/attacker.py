@@ -165,6 +165,7 @@ class Attacker:
         """False: let answers pile up in the ring until the end."""
         self._noted = _Noted(device)
         self._tally = _Tally()
+        self._due: list[int] = []
         self.last_transaction = FIRST_TRANSACTION
         self.nic = Netvsc(self._noted, **(_BUFFERS | options))
         self.mac = self.nic.mac
@@ -196,6 +197,7 @@ class Attacker:
                 self.take_answers()
             if self.gone() or time.monotonic() > end:
                 self._tally.no_room += 1
+                self._tally.waiting.discard(int.from_bytes(packet[8:16], "little"))
                 return False
             time.sleep(0.0005)
         return True
@@ -283,6 +285,8 @@ class Attacker:
         try:
             while (packet := self.channel.incoming.receive()) is not None:
                 self._note(packet)
+            while self._due and self._give_back(self._due[0]):
+                self._due.pop(0)
         except PeerError as error:
             self._tally.refused.append(str(error))
 
@@ -291,11 +295,11 @@ class Attacker:
             self._tally.waiting.discard(packet.transaction_id)
             self._tally.statuses.append(int.from_bytes(packet.payload[4:8], "little"))
         elif packet.packet_type == PACKET_XFER_PAGES:
-            self.channel.outgoing.send(
-                nvsp.encode_message(nvsp.SendRndisPacketComplete()),
-                packet_type=PACKET_COMPLETION,
-                transaction_id=packet.transaction_id,
-            )
+            self._due.append(packet.transaction_id)
+
+    def _give_back(self, transaction: int) -> bool:
+        payload = nvsp.encode_message(nvsp.SendRndisPacketComplete())
+        return self.channel.outgoing.send(payload, packet_type=PACKET_COMPLETION, transaction_id=transaction)
 
     def outcome(self) -> Outcome:
         """Wait until everything is answered, or patience is at its end."""
@@ -313,7 +317,7 @@ class Attacker:
             tried=tally.tried,
             succeeded=good,
             failed=len(tally.statuses) - good,
-            unanswered=len(tally.waiting) - tally.no_room,
+            unanswered=len(tally.waiting),
             no_room=tally.no_room,
             refused=tuple(tally.refused),
         )

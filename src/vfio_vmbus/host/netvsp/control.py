@@ -61,6 +61,11 @@ class Control:
             nvsp.PdApiRequest: lambda message: nvsp.PdApiComplete(operation=message.operation, status=nvsp.STATUS_FAIL),
         }
 
+    @property
+    def full(self) -> bool:
+        """Do so many answers wait for room that nothing more is taken?"""
+        return len(self._outbox) > MAX_WAITING
+
     def work(self, budget: int) -> bool:
         """Take up to `budget` packets, one only once data may flow. True when answers wait for room. Raises ProtocolError.
 
@@ -68,7 +73,7 @@ class Control:
         """
         self.context.pair.outgoing.check()
         for _ in range(budget):
-            if not self.flush() and len(self._outbox) > MAX_WAITING:
+            if not self.flush() and self.full:
                 return True
             packet = self.context.pair.incoming.receive()
             if packet is None:
@@ -174,8 +179,10 @@ class Control:
         self.send = None
 
     def _on_rndis(self, packet: Packet, message: nvsp.SendRndisPacket) -> None:
+        if message.channel_type == nvsp.CHANNEL_DATA:
+            raise ProtocolError("netvsp: a data frame while RNDIS is not initialised")
         if message.channel_type != nvsp.CHANNEL_CONTROL:
-            raise ProtocolError("netvsp: a data frame before RNDIS was initialised")
+            raise ProtocolError(f"netvsp: channel type {message.channel_type:#x}, limit {nvsp.CHANNEL_CONTROL}")
         status = nvsp.STATUS_SUCCESS
         try:
             data = self._control_bytes(packet, message)

@@ -134,7 +134,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         _hand_over(address, nic)
         return 0
     if nic.ready == 0:
-        if nic.waiting == 0 and in_ready(ring):
+        if nic.full == 0 and in_ready(ring):
             _hand_over(address, nic)
         return 0
     if nic.pending_count > 0:
@@ -175,7 +175,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         in_skip(ring, header)
         taken += 1
     if foreign and taken == 0:
-        if nic.waiting == 0:
+        if nic.full == 0:
             _hand_over(address, nic)
     elif taken > 0 and count == 0:
         nic_finish(address)
@@ -215,7 +215,7 @@ def nic_arm(address: int, armed: int) -> int:
     in_mask(incoming, 0 if armed != 0 else 1)
     if armed == 0:
         return 0
-    work = nic.pending_count < MAX_PENDING and nic.waiting == 0 and in_ready(incoming)
+    work = nic.pending_count < MAX_PENDING and nic.full == 0 and in_ready(incoming)
     return 1 if work or incoming.broken != 0 or outgoing.broken != 0 else 0
 
 

@@ -179,7 +179,7 @@ class Netvsp:
             self.close()
             control.context.failed(error)
             return
-        self._nic["waiting"] = int(later)
+        self._nic["full"] = int(control.full)
         give_to_worker(self._nic.address)
         self._switch.worker.wake()
         if not later:
