@@ -1,6 +1,7 @@
 """The netvsp channel as a port of the switch: what the switch's worker calls.
 
-While `owner` is CONTROL the record belongs to the control plane, and the worker keeps its hands off it.
+While `owner` is CONTROL the ring from the guest is the control plane's, and the worker keeps its hands off it; frames to the guest
+go on being delivered.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _is_workers(nic: int) -> bool:
 
 @inline
 def _hand_over(address: int, nic: Any) -> None:
-    """Give record and rings to the control plane, and call it."""
+    """Give the ring from the guest to the control plane, and call it."""
     store64_release(address + _OWNER_AT, CONTROL)
     eventfd_signal(nic.control_fd, nic.scratch)
 
@@ -186,7 +187,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
 def nic_deliver(address: int, table: int, count: int) -> int:
     """Give `count` frames to the guest. How many it got (or filtered out); the rest found no room and is counted `no_buffer`."""
     nic = nic_at(address)
-    if not _is_workers(address) or nic.ready == 0 or nic.link == 0:
+    if nic.ready == 0 or nic.link == 0:
         return 0
     ring = ring_at(nic.outgoing)
     done = 0
@@ -221,5 +222,5 @@ def nic_arm(address: int, armed: int) -> int:
 
 @kernel("void(i8)")
 def give_to_worker(address: int) -> None:
-    """The control plane is done with record and rings."""
+    """The control plane is done with the ring from the guest."""
     store64_release(address + _OWNER_AT, WORKER)
