@@ -293,7 +293,8 @@ class Attacker:
     def _note(self, packet: Packet) -> None:
         if packet.packet_type == PACKET_COMPLETION and packet.transaction_id in self._tally.waiting:
             self._tally.waiting.discard(packet.transaction_id)
-            self._tally.statuses.append(int.from_bytes(packet.payload[4:8], "little"))
+            status = int.from_bytes(packet.payload[4:8], "little") if packet.payload else nvsp.STATUS_SUCCESS
+            self._tally.statuses.append(status)
         elif packet.packet_type == PACKET_XFER_PAGES:
             self._due.append(packet.transaction_id)
 
