@@ -136,6 +136,7 @@ class VmbusConnection:
 
     def teardown_gpadl(self, handle: int) -> None:
         """Take a GPADL back. When this returns the host does not use its memory. A host that was silent before is not waited for again."""
+        self._check_alive()
         self._send(self._guest.teardown_gpadl(handle), self._patience)
         gone = f"GPADL {handle:#x} to be torn down"
         self._await(act.GpadlGone, lambda event: event.handle == handle, gone, seconds=self._patience)
@@ -164,6 +165,7 @@ class VmbusConnection:
             return
         try:
             with suppress(*_GONE):
+                self._check_alive()
                 self._send(self._guest.unload(), self._patience)
                 self._await(act.Unloaded, lambda event: True, "the connection to end", seconds=self._patience)
         finally:
