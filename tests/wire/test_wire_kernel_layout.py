@@ -357,7 +357,10 @@ def flat(kind: type[Struct]) -> Iterator[tuple[str, Codec]]:
 
 def test_no_structure_is_left_out():
     compared = {row[0] for row in LAYOUTS}
-    assert compared | NOT_IN_BTF.keys() == set(all_structs())
+    of_hyperv = {
+        kind for kind in all_structs() if kind.__module__.rpartition(".")[2] not in ("vfio", "vfio_user")
+    }  # test_wire_vfio
+    assert compared | NOT_IN_BTF.keys() == of_hyperv
     assert not compared & NOT_IN_BTF.keys()
     for kind in NOT_IN_BTF.keys() - {ring.PacketFooter}:
         assert kind.OFFSETS == vmbus.Message.OFFSETS
