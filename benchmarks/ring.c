@@ -2,11 +2,14 @@
  *
  *     ring CORE CORE SIZE BURST PACKETS
  *
- * prints million packets a second. SIZE is the payload's bytes, BURST how many packets each index is published for.
- * It does what the project's kernels do, in the same order: descriptor, payload, footer; write index with release order, a full
- * barrier, then the interrupt mask and the read index; on the other side one relaxed load of a descriptor's first word and all checks on that
- * copy, read index with release order, a full barrier, then pending_send_sz. The peer's indices are checked whenever they are read,
- * and read only when the room or the packets known so far are used up. The data area is mapped twice in a row.
+ * prints million packets a second. SIZE is the payload's bytes, BURST how many packets the write index is shown for.
+ *
+ * It does what the project's kernels do: descriptor, payload, footer; the write index with release order, a full barrier, then the
+ * interrupt mask and the read index; on the other side one load of a descriptor's first word and all checks on that copy; the read
+ * index with release order, a full barrier, then pending_send_sz. Indices of the peer are checked whenever they are read, and
+ * read only when the room or the packets known so far are used up. Both rest as long between two looks, both give space back
+ * by the same rule, both map the data area twice in a row. What the project does on its own: an exchange where this has a store
+ * and a fence, and asking for the cache lines ahead.
  */
 #define _GNU_SOURCE
 #include <sched.h>

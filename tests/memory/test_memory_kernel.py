@@ -49,6 +49,18 @@ def test_a_changed_file_is_compiled_anew(script: Path, tmp_path: Path) -> None:
     assert run(script, tmp_path).stdout == "43 0 1\n"
 
 
+def test_old_folders_are_dropped(script: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for number in range(12):
+        folder = cache / "vfio-vmbus" / f"kernels-{number}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    assert run(script, cache).stdout == "42 0 1\n"
+    left = {path.name for path in cache.glob("vfio-vmbus/kernels-*")}
+    assert len(left) == 8
+    assert {f"kernels-{number}" for number in range(5, 12)} < left
+
+
 def test_without_a_writable_folder_it_warns_and_works(script: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     done = run(script, tmp_path / "file")

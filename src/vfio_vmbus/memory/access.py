@@ -134,11 +134,11 @@ def _prefetch() -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def prefetch(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            flag = ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            write, keep, data = (ir.Constant(flag, value) for value in (1, 3, 1))
-            builder.call(hint, [builder.inttoptr(args[0], cgutils.voidptr_t), write, keep, data])
+            pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [pointer, *(ir.Constant(number, value) for value in (1, 3, 1))])
             return context.get_dummy_value()
 
         return types.void(_INT), generate
@@ -146,12 +146,13 @@ def _prefetch() -> Any:
     return prefetch
 
 
+prefetch_to_write = _prefetch()
+"""Ask for a cache line that will be written soon, so that stores to it need not wait for the other core. Only a hint: any address
+will do, and nothing is touched."""
 fence = _fence()
 """A full barrier (seq_cst), between publishing an index and looking at the other side's."""
 pause = _pause()
 """A spin-wait hint to the CPU."""
-prefetch_to_write = _prefetch()
-"""Ask for a cache line, as its writer. Only a hint: any address will do, and none is touched."""
 
 
 def _block_copy(width: int) -> Any:

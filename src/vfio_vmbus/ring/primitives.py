@@ -1,9 +1,11 @@
 """The steps of a ring that data-plane kernels are made of. Order of accesses as in Linux drivers/hv/ring_buffer.c.
 
 Outgoing: `out_begin` gives the address for a packet of a total size (footer included) or 0 when the ring is full; after
-writing it, `out_end`; after the last one of a burst, `out_publish` (one store, one barrier, at most one signal).
+writing it, `out_end`; after the last one of a burst, `out_publish` (one store, one barrier, at most one signal). Publishing and
+committing store the index and pass the barrier in one ordered access; what follows it are ordered loads, for the same reason.
 Incoming: while `in_ready`, `in_header` gives the checked header (or -1: the other side broke a rule, `ring.broken` says
-which), `in_skip` steps over the packet; after a burst, `in_commit`.
+which), `in_skip` steps over the packet; after a burst, `in_commit`. Who takes single packets uses `in_next` instead of both.
+Who polls calls `rest` between two looks that found nothing.
 
 The data area is mapped twice in a row, so a packet is contiguous wherever it starts. A broken ring stays broken.
 """

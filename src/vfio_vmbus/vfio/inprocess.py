@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Lock
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError
@@ -75,6 +76,7 @@ class InProcessDevice(Device):
         self._call = run
         self._released = released
         self._open = True
+        self._closing = Lock()
         self.info = DeviceInfo(function.name, regions=9, irqs=5, resettable=True, isolation="software IOMMU")
         self.dma = _Maps(function, self._run)
         self._bar0 = _Bar0(function, self._run)
@@ -94,10 +96,12 @@ class InProcessDevice(Device):
         self._run(self.function.reset)
 
     def close(self) -> None:
-        if self._open:
+        with self._closing:
+            if not self._open:
+                return
             self._open = False
-            with suppress(ClosedError):  # a host that has gone has taken everything back
-                self._call(self._give_back)
+        with suppress(ClosedError):  # a host that has gone has taken everything back
+            self._call(self._give_back)
 
     def _give_back(self) -> None:
         try:

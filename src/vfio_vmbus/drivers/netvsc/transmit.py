@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...dataplane.rndis import room_for, write_header
-from ...memory.access import copy, inline, load64, store64
+from ...dataplane.rndis import PLAIN_ROOM, room_for, write_header
+from ...memory.access import copy, inline, load64, prefetch_to_write, store64
 from ...ring.primitives import out_begin, out_end, out_publish, ring_at
 from ...wire import nvsp
 from ...wire import ring as wire_ring
@@ -26,6 +26,8 @@ _NVSP_SIZE = nvsp.MESSAGE_SIZE
 _SECTION_PACKET = 16 + _NVSP_SIZE + wire_ring.FOOTER_SIZE
 _RESERVED = _SECTION_PACKET + 32
 """Room that other packets leave in the ring, so that an open section can always be sent."""
+_AHEAD = 8
+"""Frames between the one that is written and the one whose memory is asked for: what lies with the host's core takes its time."""
 
 QUEUE_SIZE = QUEUE.itemsize
 FRAME_SIZE = FRAME.itemsize
@@ -58,6 +60,25 @@ def tx_close(queue: Any) -> None:
 
 
 @inline
+def _ask_for_message(place: int) -> None:
+    """Prefetch where a message is to be written: its header, and the first bytes of its frame, which the host looks at, too."""
+    prefetch_to_write(place)
+    prefetch_to_write(place + PLAIN_ROOM)
+
+
+@inline
+def _ask_for_later(queue: Any, need: int) -> None:
+    """A section is begun: prefetch the beginnings of messages in one that will be filled later, if they take `need` bytes, too."""
+    fitting = queue.send_section // need
+    later = (_AHEAD + fitting - 1) // fitting
+    if later > queue.free_count:
+        return
+    section = queue.send + load64(queue.free + (queue.free_count - later) * 8) * queue.send_section
+    for at in range(0, min(_AHEAD, fitting) * need, need):
+        _ask_for_message(section + at)
+
+
+@inline
 def _begin_section(queue: Any, need: int) -> int:
     """Where `need` bytes of a section are free, opening another one if need be; 0 when all are with the host."""
     if queue.open >= 0 and (queue.used + need > queue.send_section or queue.messages >= queue.max_messages):
@@ -71,7 +92,11 @@ def _begin_section(queue: Any, need: int) -> int:
         queue.open = load64(queue.free + queue.free_count * 8)
         queue.used = 0
         queue.messages = 0
-    return queue.send + queue.open * queue.send_section + queue.used
+        _ask_for_later(queue, need)
+    place = queue.send + queue.open * queue.send_section + queue.used
+    if queue.used + (_AHEAD + 1) * need <= queue.send_section:
+        _ask_for_message(place + _AHEAD * need)
+    return place
 
 
 @inline

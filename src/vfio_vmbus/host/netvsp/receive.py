@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...dataplane.rndis import room_for, write_header
-from ...memory.access import copy, inline, load64, store64, viewer
+from ...memory.access import copy, inline, load64, prefetch_to_write, store64, viewer
 from ...memory.kernel import step
 from ...ring.primitives import out_begin, out_end
 from ...wire import nvsp, oid
@@ -26,6 +26,8 @@ _XFER_PAGES = wire_ring.PACKET_XFER_PAGES
 _WITH_COMPLETION = wire_ring.FLAG_COMPLETION_REQUESTED << 48
 _SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
 _NVSP_SIZE = nvsp.MESSAGE_SIZE
+_AHEAD = 8
+"""Frames between the one that is written and the one whose section is asked for."""
 
 FILTER_DIRECTED = oid.PACKET_TYPE_DIRECTED
 FILTER_MULTICAST = oid.PACKET_TYPE_MULTICAST
@@ -102,6 +104,10 @@ def deliver(nic: Any, ring: Any, table: int, count: int) -> int:
             break
         nic.free_count -= 1
         section = load64(nic.free + nic.free_count * 8)
+        if nic.free_count >= _AHEAD:
+            later = nic.receive + load64(nic.free + (nic.free_count - _AHEAD) * 8) * nic.receive_section
+            prefetch_to_write(later)
+            prefetch_to_write(later + 64)
         total = _place(nic, section, source)
         store64(packet + 24 + 8 * ranges, total | (section * nic.receive_section) << 32)
         if ranges == 0:
