@@ -1,4 +1,4 @@
-"""VFIO and vfio-user: numbers, sizes and offsets as literals from their specifications, and what parsers refuse."""
+"""VFIO, vfio-user and PCI: numbers, sizes and offsets as literals from their specifications, and what parsers refuse."""
 
 import ctypes
 import re
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.wire.strategies import all_structs, structs
 from vfio_vmbus.errors import ProtocolError, UsageError
-from vfio_vmbus.wire import vfio, vfio_user
+from vfio_vmbus.wire import pci, vfio, vfio_user
 from vfio_vmbus.wire.table import Side
 from vfio_vmbus.wire.vfio_user import Header, HeaderFlags
 from vfio_vmbus.wire.vfio_user_version import MAX_SERVER_PAYLOAD, Capabilities, decode_version, encode_version
@@ -40,6 +40,15 @@ LAYOUTS = {
     vfio_user.WriteMultiReply: (8, "count 0"),
     vfio_user.DmaAccess: (16, "iova 0 count 8"),
     vfio_user.MigrationData: (8, "argsz 0 size 4"),
+    pci.ConfigHeader: (
+        64,
+        "vendor 0 device 2 command 4 status 6 class_and_revision 8 cache_line_size 12 latency_timer 13 header_type 14 self_test 15 "
+        "bars 16 cardbus 40 subsystem_vendor 44 subsystem 46 rom 48 capabilities 52 reserved 53 interrupt_line 60 interrupt_pin 61 "
+        "min_grant 62 max_latency 63",
+    ),
+    pci.MsixCapability: (12, "id 0 next 1 control 2 table 4 pending 8"),
+    pci.MsixEntry: (16, "address_low 0 address_high 4 data 8 control 12"),
+    pci.VmbusCapability: (40, "id 0 next 1 length 2 layout 3 magic 4 class_guid 8 instance_guid 24"),
 }
 
 NUMBERS = {
@@ -72,7 +81,9 @@ def test_sizes_and_offsets(kind):
 
 
 def test_no_structure_is_left_out():
-    assert LAYOUTS.keys() == {kind for kind in all_structs() if kind.__module__ in (vfio.__name__, vfio_user.__name__)}
+    assert LAYOUTS.keys() == {
+        kind for kind in all_structs() if kind.__module__ in (pci.__name__, vfio.__name__, vfio_user.__name__)
+    }
 
 
 def test_command_numbers():
