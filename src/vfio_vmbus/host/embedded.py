@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import ClosedError, UsageError, WaitTimeout
 from ..vfio.function import PciFunction
 from ..vfio.inprocess import InProcessDevice
+from ..vfio.registers import ERROR_GONE
 from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .switch.switch import Switch
@@ -141,6 +142,8 @@ class EmbeddedHost:
         return self.nics[name]
 
     def _attach(self, devices: tuple[Vsp, ...], name: str | None) -> InProcessDevice:
+        if len(set(devices)) < len(devices):
+            raise UsageError("a device is attached to a function once")
         for device in devices:
             if device in self._used:
                 raise UsageError("this device has a client already: detach it there first")
@@ -182,6 +185,7 @@ class EmbeddedHost:
                 stack.callback(nic.close)
             for function in self._connections:
                 stack.callback(self._release, function)
+                stack.callback(function.fail, ERROR_GONE)  # wakes a client that waits for an answer
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:
