@@ -37,7 +37,7 @@ demo: $(VENV)/.run
 	@$(BIN)/vfio-vmbus demo
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

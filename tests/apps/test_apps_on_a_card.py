@@ -157,6 +157,20 @@ def test_a_forwarder_runs_a_function_of_the_users() -> None:
         assert forwarder.counters().dropped == 1
 
 
+def test_bytes_for_convenience() -> None:
+    with driven() as card:
+        sent = [card.say(bytes([number]) * 60) for number in range(5)]
+        heard: list[bytes] = []
+        eventually(lambda: bool(heard.extend(card.nic.queue.receive()) or len(heard) == 5), "five frames")
+        assert heard == sent
+        answers = [PEER + card.nic.mac + frame[12:] for frame in heard]
+        assert card.nic.queue.send(answers) == 5
+        assert [card.hear() for _ in answers] == answers
+        assert card.nic.queue.send([]) == 0
+        assert card.nic.queue.send([b"short", b""]) == 2
+        assert card.nic.counters().tx_too_long == 2
+
+
 def test_capture_writes_what_came(tmp_path: Path) -> None:
     with driven() as card:
         sent = [card.say(bytes([number]) * (50 + number)) for number in range(100)]

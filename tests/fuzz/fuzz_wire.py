@@ -4,7 +4,7 @@ Parsers may raise ProtocolError and nothing else. SEEDS are good messages, for a
 """
 
 from vfio_vmbus.errors import ProtocolError
-from vfio_vmbus.wire import frame, gpa, ndis, nvsp, ring, rndis, vmbus
+from vfio_vmbus.wire import frame, gpa, ndis, nvsp, ring, rndis, vfio, vfio_user, vfio_user_version, vmbus
 from vfio_vmbus.wire.table import Side
 
 _PAGES = gpa.single_pages(0x1234, 9000)
@@ -22,6 +22,19 @@ SEEDS = [
     ring.Packet(payload=bytes(40)).pack(),
     ring.Packet(packet_type=ring.PACKET_GPA_DIRECT, pages=_PAGES, payload=bytes(40)).pack(),
     ring.Packet(packet_type=ring.PACKET_XFER_PAGES, ranges=(ring.TransferRange(),) * 3, payload=bytes(40)).pack(),
+    *(
+        vfio_user.encode_request(1, number, command.request.kind().pack() if command.request.kind else b"")
+        for number, command in vfio_user.COMMANDS.items()
+    ),
+    vfio_user.encode_request(2, vfio_user.REGION_WRITE, vfio_user.RegionAccess(count=4).pack() + bytes(4)),
+    vfio_user.encode_request(
+        3, vfio_user.REGION_WRITE_MULTI, vfio_user.WriteMulti(count=1, writes=(vfio_user.WriteEntry(),)).pack()
+    ),
+    vfio_user.encode_request(
+        4, vfio_user.DEVICE_SET_IRQS, vfio.IrqSet(flags=vfio.SET_DATA_BOOL | vfio.SET_ACTION_TRIGGER, count=3).pack() + bytes(3)
+    ),
+    vfio_user.encode_error(vfio_user.Header(command=vfio_user.DMA_MAP), 22),
+    vfio_user_version.encode_version(vfio_user.Version(), vfio_user_version.Capabilities()),
 ]
 
 
@@ -122,3 +135,27 @@ def fuzz_offload(data: bytes) -> None:
     size = min(offload.header.size, len(packed))
     assert packed[:size] == data[:size]
     assert not any(packed[size:])
+
+
+def fuzz_vfio_user_message(data: bytes) -> None:
+    """A vfio-user command or reply that is taken is its header, its structure and the data behind it, and nothing else."""
+    try:
+        header = vfio_user.parse_header(data, 1 << 20)
+        payload = data[header.SIZE : header.message_size]
+        parse = vfio_user.parse_reply if header.flags.kind == vfio_user.KIND_REPLY else vfio_user.parse_request
+        value, rest = parse(header.command, payload)
+    except ProtocolError:
+        return
+    assert header.pack() + (value.pack() if value is not None else b"") + rest == data[: header.message_size]
+
+
+def fuzz_vfio_user_version(data: bytes) -> None:
+    """Capabilities that are taken are within their limits, and encode to something that is taken as the same."""
+    try:
+        version, capabilities = vfio_user_version.decode_version(data)
+    except ProtocolError:
+        return
+    for name, (least, most) in vfio_user_version.LIMITS.items():
+        assert least <= getattr(capabilities, name) <= most
+    packed = vfio_user_version.encode_version(version, capabilities)
+    assert vfio_user_version.decode_version(packed) == (version, capabilities)

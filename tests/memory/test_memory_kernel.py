@@ -23,25 +23,47 @@ print(double(21), sum(stats.cache_hits.values()), sum(stats.cache_misses.values(
 """
 
 
-def run(folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    script = folder / "program.py"
-    if not script.exists():  # written again it would be newer than what was kept
-        script.write_text(PROGRAM)
+def run(script: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
 
 
-def test_the_second_start_compiles_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def test_the_second_start_compiles_nothing(script: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, second = run(tmp_path, cache), run(tmp_path, cache)
+    first, second = run(script, cache), run(script, cache)
     assert (first.stdout, first.stderr) == ("42 0 1\n", "")
     assert (second.stdout, second.stderr) == ("42 1 0\n", "")
     assert len(list(cache.glob("vfio-vmbus/kernels-*/*.nbc"))) == 1
 
 
-def test_without_a_writable_folder_it_warns_and_works(tmp_path: Path) -> None:
+def test_a_changed_file_is_compiled_anew(script: Path, tmp_path: Path) -> None:
+    assert run(script, tmp_path).stdout == "42 0 1\n"
+    script.write_text(PROGRAM.replace("2 * number", "number + number + 1"))
+    assert run(script, tmp_path).stdout == "43 0 1\n"
+
+
+def test_old_folders_are_dropped(script: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for number in range(12):
+        folder = cache / "vfio-vmbus" / f"kernels-{number}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    assert run(script, cache).stdout == "42 0 1\n"
+    left = {path.name for path in cache.glob("vfio-vmbus/kernels-*")}
+    assert len(left) == 8
+    assert {f"kernels-{number}" for number in range(5, 12)} < left
+
+
+def test_without_a_writable_folder_it_warns_and_works(script: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    done = run(tmp_path, tmp_path / "file")
+    done = run(script, tmp_path / "file")
     assert done.stdout.startswith("42 0 ")
     assert "RuntimeWarning: compiled kernels are not kept" in done.stderr
     assert "set XDG_CACHE_HOME to a writable folder" in done.stderr
@@ -70,10 +92,10 @@ print(twice(300, 5), scaled(300, 5), scaled.__name__)
 
 def test_a_step_is_built_into_kernels_and_compiled_by_itself_once_python_calls_it(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    called, uncalled = tmp_path / "called", tmp_path / "uncalled"
-    for folder, program in ((called, STEPS), (uncalled, STEPS.replace("scaled(300, 5), scaled", "scaled"))):
-        folder.mkdir()
-        (folder / "program.py").write_text(program)
+    called, uncalled = tmp_path / "called" / "program.py", tmp_path / "uncalled" / "program.py"
+    for script, program in ((called, STEPS), (uncalled, STEPS.replace("scaled(300, 5), scaled", "scaled"))):
+        script.parent.mkdir()
+        script.write_text(program)
     first = run(uncalled, cache)
     assert (first.stdout, first.stderr) == ("1100 scaled\n", "")
     assert [path.name.split("-")[0] for path in cache.rglob("*.nbc")] == ["program.twice"]

@@ -13,6 +13,7 @@ from vfio_vmbus.testing.conformance import VmbusFunctionConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, Device
+from vfio_vmbus.wire.guids import CLASS_NETWORK
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,46 @@ class TestWithoutADevice(VmbusFunctionConformance):
         return self.host.attach()
 
 
-def test_there_is_one_region_and_one_kind_of_interrupt_yet(host: EmbeddedHost) -> None:
+def test_there_are_two_bars_the_configuration_space_and_one_kind_of_interrupt(host: EmbeddedHost) -> None:
     with host.attach() as device:
-        with pytest.raises(UsageError, match="region 7"):
-            device.region(CONFIG_REGION)
+        assert [index for index in range(9) if has_region(device, index)] == [BAR0_REGION, 2, CONFIG_REGION]
+        with pytest.raises(UsageError, match="region 8: this device has 0, 2, 7"):
+            device.region(8)
         with pytest.raises(UsageError, match="interrupt index 0"):
             device.irq(0)
+        for index in (2, CONFIG_REGION):
+            with pytest.raises(UsageError, match=f"no doorbell register at 0x1000 of region {index}"):
+                device.region(index).doorbell(0x1000)
         assert device.info.isolation == "software IOMMU"
+
+
+def has_region(device: Device, index: int) -> bool:
+    try:
+        return device.region(index).index == index
+    except UsageError:
+        return False
+
+
+def test_the_configuration_space_names_the_device(host: EmbeddedHost) -> None:
+    card = host.nics["card"]
+    with host.attach(card) as device:
+        space = device.region(CONFIG_REGION)
+        assert space.read(0x09, 3) == bytes([0, 0, 2])
+        assert space.read(0x58, 16) == CLASS_NETWORK.bytes_le
+        assert space.read(0x68, 16) == card.offer.instance_guid.bytes_le
+    with host.attach() as device:
+        space = device.region(CONFIG_REGION)
+        assert space.read(0x09, 3) == bytes([0, 0, 0xFF])
+        assert space.read(0x58, 32) == bytes(32)
+
+
+def test_a_reset_takes_the_configuration_back_too(host: EmbeddedHost) -> None:
+    with host.attach(host.nics["card"]) as device:
+        device.region(CONFIG_REGION).write(4, b"\x06\x04")
+        device.region(2).write(0, b"\xff" * 8)
+        device.reset()
+        assert device.region(CONFIG_REGION).read(4, 2) == bytes(2)
+        assert device.region(2).read(0, 8) == bytes(8)
 
 
 def test_any_thread_may_use_it(host: EmbeddedHost) -> None:

@@ -14,7 +14,7 @@ from vfio_vmbus.vmbus import GuestState, HostLimits, HostState, whole_pages
 from vfio_vmbus.wire import vmbus as wire
 
 LIMITS = HostLimits(max_offers=6, max_gpadls=4, max_gpadl_pages=60, max_total_pages=100, max_unfinished=40, target_vps=4)
-PROFILE = settings(max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROFILE = settings(max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RELIDS = st.integers(1, 6)
 STATUS = st.sampled_from([0, 0, 0, wire.STATUS_UNSUCCESSFUL])
 
@@ -22,9 +22,10 @@ STATUS = st.sampled_from([0, 0, 0, wire.STATUS_UNSUCCESSFUL])
 class Connection(RuleBasedStateMachine):
     """What the honest and the hostile machines have in common: the host's own commands, deliveries, the shell's answers."""
 
-    @initialize(version=st.sampled_from(wire.SUPPORTED_VERSIONS))
-    def begin(self, version):
+    @initialize(version=st.sampled_from(wire.SUPPORTED_VERSIONS), at_once=st.booleans())
+    def begin(self, version, at_once):
         self.world = World(LIMITS, max_version=version)
+        self.world.shell.at_once = at_once
         self.world.start(nic(1), nic(2), nic(1, 1))
 
     @rule(number=st.integers(1, 3), index=st.integers(0, 2))

@@ -37,10 +37,14 @@ def nic(number=1, sub_channel_index=0):
 
 
 class Shell:
-    """What stands around a HostConnection: keeps what is asked of it in `asked` until `answer` or `answer_all`."""
+    """What stands around a HostConnection: keeps what is asked of it in `asked` until `answer` or `answer_all`.
+
+    With `at_once` it answers each action before it carries the next one out.
+    """
 
     def __init__(self, host):
         self.host = host
+        self.at_once = False
         self.asked = []
         self.sent = deque()
         self.mapped = {}  # GPADL handle -> relid, from GpadlCreate until torn down
@@ -71,6 +75,7 @@ class Shell:
                 case ChannelOpen(relid=relid, ring_gpadl=handle):
                     assert relid not in self.running
                     assert self.mapped[handle] == relid
+                    assert GpadlTeardown(handle, relid) not in self.asked
                     self.running[relid] = handle
                 case ChannelClose(relid):
                     assert relid in self.running
@@ -88,6 +93,8 @@ class Shell:
                     assert not self.running
                     assert not self.asked
                     self.disconnections += 1
+            if self.at_once and isinstance(action, ASKS):
+                self.answer(self.asked.index(action))
         return actions
 
     def answer(self, index=0, status=0):

@@ -71,11 +71,11 @@ def test_a_structure_is_laid_out_packed_and_little_endian():
 
 def test_there_are_structures_of_every_protocol():
     modules = {kind.__module__.rpartition(".")[2] for kind in STRUCTS}
-    assert modules >= {"vmbus", "gpa", "ring", "nvsp", "rndis", "frame", "ndis"}
+    assert modules >= {"vmbus", "gpa", "ring", "nvsp", "rndis", "frame", "ndis", "vfio", "vfio_user"}
 
 
 @each(STRUCTS)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_every_structure_comes_back_as_it_went(kind, data):
     value = data.draw(structs(kind))
@@ -86,7 +86,7 @@ def test_every_structure_comes_back_as_it_went(kind, data):
 
 
 @each(FIXED)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_every_byte_of_a_fixed_structure_is_kept(kind, data):
     raw = data.draw(raw_bytes(kind.SIZE))
@@ -94,7 +94,7 @@ def test_every_byte_of_a_fixed_structure_is_kept(kind, data):
 
 
 @each(STRUCTS)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_numpy_sees_the_same_numbers_at_the_same_places(kind, data):
     value = data.draw(structs(kind))

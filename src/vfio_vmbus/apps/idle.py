@@ -7,7 +7,7 @@ from typing import Any
 from ..dataplane.worker import control_at, scratch_of, sleep
 from ..drivers.netvsc.receive import queue_at
 from ..memory.access import inline, pause
-from ..memory.libc import clock_ns
+from ..memory.libc import clock_ns, sys_yield
 from ..ring.primitives import in_mask, in_ready, ring_at
 
 LOOKS = 16
@@ -26,6 +26,7 @@ def idle_round(control: int, queue: int, empty: int, since: int) -> Any:
     """After a round that found nothing, the `empty`-th in a row since `since` ns: sleep if it is time. The new (empty, since)."""
     pause()
     if empty % LOOKS == 0:
+        sys_yield()  # who is to bring work may be waiting for this very core
         now = clock_ns(scratch_of(control))
         if empty == 0:
             since = now

@@ -17,7 +17,7 @@ from ..drivers.netvsc.state import FRAME
 from ..drivers.netvsc.transmit import FRAME_SIZE, tx_begin, tx_commit, tx_flush
 from ..memory.access import viewer
 from ..memory.block import Block
-from ..memory.kernel import kernel
+from ..memory.kernel import kernel, step
 from ..memory.libc import sys_read, sys_write
 from .idle import idle_round, needs_python
 
@@ -62,7 +62,7 @@ class Counters:
     tap_errors: int
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def _to_tap(address: int) -> int:
     """Write what was received to the TAP. How many frames there were."""
     bridge = bridge_at(address)
@@ -80,7 +80,7 @@ def _to_tap(address: int) -> int:
     return count
 
 
-@kernel("i8(i8)")
+@step("i8(i8)")
 def _from_tap(address: int) -> int:
     """Send what the TAP has, up to a burst. How many frames."""
     bridge = bridge_at(address)

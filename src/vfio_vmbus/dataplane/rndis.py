@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from ..memory.access import inline, load32, load64, store64, viewer
+from ..wire import rndis
+from ..wire.frame import PPI_CHECKSUM, PPI_VLAN
 
-PACKET_MSG = 1
-HEADER = 44
+PACKET_MSG = rndis.PACKET
+HEADER = rndis.PacketMessage.SIZE
 """Bytes of a packet message before its per-packet information."""
-BASE = 8
+BASE = rndis.OFFSET_BASE
 """Offsets inside a message count from here."""
 PLAIN_ROOM = 48
 """Bytes before the frame in the messages that we send: header, and 4 more to keep the frame on a multiple of 8."""
 PPI_ROOM = 64
 """The same with one piece of per-packet information of 4 bytes (16 with its header) between."""
-_PPI_AT = 44
+_PPI_AT = HEADER
 
-PPI_CHECKSUM = 0
-PPI_VLAN = 6
 
 PARSED = np.dtype([("next", "i8"), ("address", "i8"), ("size", "i8"), ("checksum", "i8"), ("vlan", "i8")])
 """One message taken apart: `next` is the offset behind it; `address` and `size` of the frame; the words of PPI or -1."""

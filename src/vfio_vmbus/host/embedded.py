@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError, WaitTimeout
+from ..vfio.config import Identity
 from ..vfio.function import PciFunction
 from ..vfio.inprocess import InProcessDevice
 from ..vfio.registers import ERROR_GONE
+from ..wire.vmbus import ChannelOffer
 from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .switch.switch import Switch
@@ -150,7 +152,8 @@ class EmbeddedHost:
             if isinstance(device, Netvsp) and device not in self.nics.values():
                 raise UsageError(f"{device.name} is no card of {self.name}: its worker is another host's")
         self._number += 1
-        function = PciFunction(name or f"embedded:{self._number}")
+        first = devices[0].offer if devices else ChannelOffer()
+        function = PciFunction(name or f"embedded:{self._number}", identity=Identity(first.class_guid, first.instance_guid))
         function.domain.quiesce = self.switch.worker.paused
         try:
             self._connections[function] = Connection(function, list(devices))

@@ -2,8 +2,9 @@
 
 Compiled, each is one machine instruction or a few (an LLVM intrinsic). Every scalar access is atomic, so that the compiler can
 neither repeat, split nor drop it: what the other side may write is read exactly once. Plain forms are relaxed ("monotonic");
-`_acquire` and `_release` order them as ldar and stlr do on arm64. All values are int64; loads of 8, 16 and 32 bits are
-zero-extended, `load64` gives the same 64 bits as a signed number.
+`_acquire` and `_release` order them against other accesses. `_ordered` ones are in order among themselves, too: an ordered load
+behind an ordered store comes after it, which otherwise takes a store and a fence, and is one instruction this way (xchg; stlr
+and ldar). All values are int64; loads of 8, 16 and 32 bits are zero-extended, `load64` gives the same 64 bits as a signed number.
 
 Interpreted (NUMBA_DISABLE_JIT=1), each access is first checked against the registered memory, `registry`, and raises
 `OutOfBounds` where it leaves it. That is the mode in which tests prove that no kernel can be made to leave its memory.
@@ -81,12 +82,14 @@ load32 = _load(32, "monotonic")
 load64 = _load(64, "monotonic")
 load32_acquire = _load(32, "acquire")
 load64_acquire = _load(64, "acquire")
+load32_ordered = _load(32, "seq_cst")
 store8 = _store(8, "monotonic")
 store16 = _store(16, "monotonic")
 store32 = _store(32, "monotonic")
 store64 = _store(64, "monotonic")
 store32_release = _store(32, "release")
 store64_release = _store(64, "release")
+store32_ordered = _store(32, "seq_cst")
 
 
 def _fence() -> Any:
@@ -124,6 +127,28 @@ def _pause() -> Any:
     return pause
 
 
+def _prefetch() -> Any:
+    if INTERPRETED:
+        return lambda address: None
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def prefetch(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [pointer, *(ir.Constant(number, value) for value in (1, 3, 1))])
+            return context.get_dummy_value()
+
+        return types.void(_INT), generate
+
+    return prefetch
+
+
+prefetch_to_write = _prefetch()
+"""Ask for a cache line that will be written soon, so that stores to it need not wait for the other core. Only a hint: any address
+will do, and nothing is touched."""
 fence = _fence()
 """A full barrier (seq_cst), between publishing an index and looking at the other side's."""
 pause = _pause()
@@ -175,26 +200,34 @@ def _long_copy() -> Any:
     return long_copy
 
 
+copy64 = _block_copy(64)
 copy32 = _block_copy(32)
 copy16 = _block_copy(16)
+copy8 = _block_copy(8)
 _memcpy = _long_copy()
 
 
 @inline
 def copy(target: int, source: int, size: int) -> None:
     """Copy `size` bytes between areas that do not overlap; short ones without a call."""
-    if size > 256:
+    if size > 512:
         _memcpy(target, source, size)
-    elif size >= 32:
-        end = size - 32
+    elif size >= 64:
+        end = size - 64
         at = 0
         while at < end:
-            copy32(target + at, source + at)
-            at += 32
-        copy32(target + end, source + end)
+            copy64(target + at, source + at)
+            at += 64
+        copy64(target + end, source + end)
+    elif size >= 32:
+        copy32(target, source)
+        copy32(target + size - 32, source + size - 32)
     elif size >= 16:
         copy16(target, source)
         copy16(target + size - 16, source + size - 16)
+    elif size >= 8:
+        copy8(target, source)
+        copy8(target + size - 8, source + size - 8)
     else:
         for at in range(size):
             store8(target + at, load8(source + at))

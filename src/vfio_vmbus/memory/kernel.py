@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ INTERPRETED = bool(numba.config.DISABLE_JIT)
 """True where kernels run as plain Python (NUMBA_DISABLE_JIT=1)."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_KEPT_FOLDERS = 8
 
 
 @cache
@@ -49,7 +51,9 @@ def cache_folder() -> Path | None:
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
         folder = root / f"kernels-{_fingerprint()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _prune(root)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable", str(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
@@ -60,6 +64,12 @@ def cache_folder() -> Path | None:
         )
         return None
     return folder
+
+
+def _prune(root: Path) -> None:
+    """Every change of the sources makes another folder: drop all but the youngest. Whoever still runs on one has it in memory."""
+    for old in sorted(root.glob("kernels-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT_FOLDERS]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]

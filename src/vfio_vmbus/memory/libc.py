@@ -1,4 +1,4 @@
-"""System calls from kernels: read, write, poll and the clock, through libc, without the GIL.
+"""System calls from kernels: read, write, poll, yield and the clock, through libc, without the GIL.
 
 Each returns what libc returns; a negative number is minus the errno.
 """
@@ -6,6 +6,7 @@ Each returns what libc returns; a negative number is minus the errno.
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 from numba import types
@@ -55,6 +56,10 @@ if INTERPRETED:
             "epoll_wait", ctypes.c_int(epoll), ctypes.c_void_p(int(events)), ctypes.c_int(count), ctypes.c_int(timeout_ms)
         )
 
+    def sys_yield() -> None:
+        """sched_yield(2)."""
+        os.sched_yield()
+
     def clock_ns(scratch: int) -> int:
         """CLOCK_MONOTONIC in nanoseconds; `scratch` is 16 bytes of private memory."""
         check(scratch, 16)
@@ -67,6 +72,7 @@ else:
     _poll = _external("poll", types.int32, types.int64, types.int64, types.int32)
     _epoll_wait = _external("epoll_wait", types.int32, types.int32, types.int64, types.int32, types.int32)
     _errno = _external("__errno_location", types.int64)
+    _yield = _external("sched_yield", types.int32)
     _clock = _external("clock_gettime", types.int32, types.int32, types.int64)
 
     @inline
@@ -92,6 +98,11 @@ else:
         """epoll_wait(2) into a table of `count` struct epoll_event (16 bytes each at most)."""
         result = types.int64(_epoll_wait(epoll, events, count, timeout_ms))
         return result if result >= 0 else -load32(_errno())
+
+    @inline
+    def sys_yield() -> None:
+        """sched_yield(2)."""
+        _yield()
 
     @inline
     def clock_ns(scratch: int) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..memory.access import copy, inline, load64, store64, viewer
 from ..memory.kernel import kernel, step
-from ..wire.ring import MAX_PACKET_SIZE, PacketHeader
+from ..wire.ring import MAX_PACKET_SIZE
 from .primitives import (
     FOOTER,
+    HEADER,
     in_commit,
     in_header,
     in_mask,
@@ -48,8 +49,6 @@ PACKET = np.dtype(
 )
 """One packet of a burst."""
 
-HEADER = PacketHeader.SIZE
-"""Bytes of a packet's descriptor: type, data offset / 8, length / 8, flags (16 bits each), transaction id (64)."""
 MAX_PACKET = MAX_PACKET_SIZE
 """Bytes of the longest packet, descriptor and data."""
 _ROW = PACKET.itemsize
@@ -64,32 +63,12 @@ def packet_word(kind: int, header: int, length: int, flags: int) -> int:
 
 
 @inline
-def _valid(row: Any, limit: int) -> bool:
-    """Can this row be sent out of memory of `limit` bytes?"""
-    extra = row.header - HEADER
-    start = row.offset - extra
-    if extra < 0 or extra & 7 != 0 or extra > MAX_PACKET or start < 0:
+def _possible(row: Any, limit: int) -> bool:
+    """Is this row a packet, and within memory of `limit` bytes?"""
+    offset, length, header, after = row.offset, row.length, row.header, limit - row.offset
+    if offset < 0 or length < 0 or length > after or row.kind & ~0xFFFF != 0 or row.flags & ~0x7FFF != 0:
         return False
-    if row.length < 0 or row.length > limit - row.offset:
-        return False
-    return row.header + row.length <= MAX_PACKET and row.kind & ~0xFFFF == 0 and row.flags & ~0x7FFF == 0
-
-
-@inline
-def _write(ring: Any, memory: int, row: Any) -> int:
-    """Put one valid row's packet into the ring, unpublished: 1, or 0 when there is no room."""
-    length = (row.header + row.length + 7) & ~7
-    place = out_begin(ring, length + FOOTER)
-    if place == 0:
-        return 0
-    store64(place, packet_word(row.kind, row.header, length, row.flags))
-    store64(place + 8, row.trans_id)
-    if row.length & 7 != 0:
-        store64(place + length - 8, 0)
-    extra = row.header - HEADER
-    copy(place + HEADER, memory + row.offset - extra, extra + row.length)
-    out_end(ring, length + FOOTER)
-    return 1
+    return length <= MAX_PACKET and HEADER <= header <= MAX_PACKET - length and header & 7 == 0 and header - HEADER <= offset
 
 
 @inline
@@ -104,22 +83,36 @@ def _note(row: Any, header: int, place: int, offset: int) -> None:
 
 
 @inline
-def send_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> int:
-    """Send `count` rows; how many were sent: fewer when the ring is full. Minus (row + 1) for a row that cannot be.
-
-    The rows before an impossible one are sent; it and those behind it are not.
-    """
+def send_rows(ring: Any, memory: int, table: int, count: int) -> int:
+    """Send `count` rows that are known to be packets; how many were sent: fewer when the ring is full."""
     sent = 0
     while sent < count:
         row = packet_at(table + sent * _ROW)
-        if not _valid(row, limit):
-            out_publish(ring)
-            return -(sent + 1)
-        if _write(ring, memory, row) == 0:
+        offset, length, header = row.offset, row.length, row.header
+        whole = (header + length + 7) & ~7
+        place = out_begin(ring, whole + FOOTER)
+        if place == 0:
             break
+        store64(place, packet_word(row.kind, header, whole, row.flags))
+        store64(place + 8, row.trans_id)
+        if length & 7 != 0:
+            store64(place + whole - 8, 0)
+        extra = header - HEADER
+        copy(place + HEADER, memory + offset - extra, extra + length)
+        out_end(ring, whole + FOOTER)
         sent += 1
     out_publish(ring)
     return sent
+
+
+@inline
+def take(ring: Any, header: int, row: Any, memory: int, used: int) -> int:
+    """Copy the packet with this checked header to `used` bytes behind `memory`, and note it in a row; the bytes it took."""
+    place = ring.data + ring.index
+    size = packet_length(header) - HEADER
+    _note(row, header, place, used + packet_offset(header) - HEADER)
+    copy(memory + used, place + HEADER, size)
+    return size
 
 
 @inline
@@ -128,21 +121,13 @@ def receive_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> 
 
     Stops early at a packet that does not fit into the rest of `limit` bytes, and at the first that breaks a rule.
     """
-    received = 0
-    used = 0
+    received = used = 0
     while received < count and in_ready(ring):
         header = in_header(ring)
-        if header < 0:
+        if header < 0 or packet_length(header) - HEADER > limit - used:
             break
-        extra = packet_offset(header) - HEADER
-        size = packet_length(header) - HEADER
-        if size > limit - used:
-            break
-        place = ring.data + ring.index
-        copy(memory + used, place + HEADER, size)
-        _note(packet_at(table + received * _ROW), header, place, used + extra)
+        used += take(ring, header, packet_at(table + received * _ROW), memory, used)
         in_skip(ring, header)
-        used += size
         received += 1
     in_commit(ring)
     return received
@@ -150,8 +135,15 @@ def receive_rows(ring: Any, memory: int, limit: int, table: int, count: int) -> 
 
 @step("i8(i8, i8, i8, i8, i8)")
 def send_burst(ring_address: int, memory: int, limit: int, table: int, count: int) -> int:
-    """`send_rows`, called from Python."""
-    return send_rows(ring_at(ring_address), memory, limit, table, count)
+    """Send `count` rows; how many were sent: fewer when the ring is full. Minus (row + 1) for a row that is no packet.
+
+    The rows in front of such a one are sent; it and those behind it are not.
+    """
+    good = 0
+    while good < count and _possible(packet_at(table + good * _ROW), limit):
+        good += 1
+    sent = send_rows(ring_at(ring_address), memory, table, good)
+    return sent if sent < good or good == count else -(good + 1)
 
 
 @step("i8(i8, i8, i8, i8, i8)")

@@ -1,9 +1,11 @@
 """The steps of a ring that data-plane kernels are made of. Order of accesses as in Linux drivers/hv/ring_buffer.c.
 
 Outgoing: `out_begin` gives the address for a packet of a total size (footer included) or 0 when the ring is full; after
-writing it, `out_end`; after the last one of a burst, `out_publish` (one store, one barrier, at most one signal).
+writing it, `out_end`; after the last one of a burst, `out_publish` (one store, one barrier, at most one signal). Publishing and
+committing store the index and pass the barrier in one ordered access; what follows it are ordered loads, for the same reason.
 Incoming: while `in_ready`, `in_header` gives the checked header (or -1: the other side broke a rule, `ring.broken` says
-which), `in_skip` steps over the packet; after a burst, `in_commit`.
+which), `in_skip` steps over the packet; after a burst, `in_commit`. Who takes single packets uses `in_next` instead of both.
+Who polls calls `rest` between two looks that found nothing.
 
 The data area is mapped twice in a row, so a packet is contiguous wherever it starts. A broken ring stays broken.
 """
@@ -17,9 +19,12 @@ from ..memory.access import (
     inline,
     load32,
     load32_acquire,
+    load32_ordered,
     load64,
+    pause,
+    prefetch_to_write,
     store32,
-    store32_release,
+    store32_ordered,
     store64,
     viewer,
 )
@@ -34,8 +39,14 @@ INTERRUPT_MASK = layout.RING_INTERRUPT_MASK
 PENDING_SEND_SZ = layout.RING_PENDING_SEND_SIZE
 FEATURE_BITS = layout.RING_FEATURES
 FEAT_PENDING_SEND_SZ = layout.FEATURE_PENDING_SEND_SIZE
+HEADER = layout.PacketHeader.SIZE
 FOOTER = layout.FOOTER_SIZE
 """Bytes behind each packet: its own start index in the upper half, 0 in the lower."""
+
+AHEAD = 512
+"""Bytes behind the last packet whose cache lines the writer asks for while its index becomes visible: they are the reader's."""
+RESTS = 32
+"""Spin-wait hints of one `rest`: some 1 us on x86-64."""
 
 ring_at = viewer(RING)
 
@@ -48,6 +59,25 @@ def broken(ring: Any, rule: int, value: int, limit: int) -> None:
         ring.bad_value = value
         ring.bad_limit = limit
     ring.room = 0
+
+
+@inline
+def ahead(index: int, total: int, size: int) -> int:
+    """The index `total` bytes further on."""
+    index += total
+    return index - size if index >= size else index
+
+
+@inline
+def distance(start: int, end: int, size: int) -> int:
+    """Bytes from one index to another: 0 where they are equal."""
+    return end - start if end >= start else end - start + size
+
+
+@inline
+def free_between(write: int, read: int, size: int) -> int:
+    """Bytes free in a ring with these indices: all where they are equal."""
+    return read - write if read > write else read - write + size
 
 
 @inline
@@ -68,13 +98,8 @@ def out_look(ring: Any) -> int:
     if read >= ring.size or read & 7 != 0:
         broken(ring, BAD_INDEX, read, ring.size)
         return 0
-    free = read - ring.index
-    if free <= 0:
-        free += ring.size
-    unseen = ring.index - ring.shown
-    if unseen < 0:
-        unseen += ring.size
-    if free < ring.room or free > ring.size - unseen:
+    free = free_between(ring.index, read, ring.size)
+    if free < ring.room or free > ring.size - distance(ring.shown, ring.index, ring.size):
         broken(ring, BAD_MOVE, read, ring.size)
         return 0
     ring.room = free
@@ -95,25 +120,25 @@ def out_end(ring: Any, total: int) -> None:
     """The packet begun last is written: add its footer and step over it. Invisible to the other side until `out_publish`."""
     index = ring.index
     store64(ring.data + index + total - FOOTER, index << 32)
-    index += total
-    if index >= ring.size:
-        index -= ring.size
-    ring.index = index
+    ring.index = ahead(index, total, ring.size)
     ring.room -= total
     ring.packets += 1
-    ring.bytes += total
 
 
 @inline
 def out_publish(ring: Any) -> int:
     """Show all packets written to the other side; signal it if the ring was empty and it wants to know. 1 if signalled."""
     before = ring.shown
-    if ring.index == before:
+    index = ring.index
+    if index == before:
         return 0
-    ring.shown = ring.index
-    store32_release(ring.control + WRITE_INDEX, ring.index)
-    fence()
-    if load32(ring.control + INTERRUPT_MASK) != 0 or load32_acquire(ring.control + READ_INDEX) != before:
+    ring.shown = index
+    ring.bytes += distance(before, index, ring.size)
+    if ring.room > AHEAD:
+        for line in range(0, AHEAD, 64):
+            prefetch_to_write(ring.data + index + line)
+    store32_ordered(ring.control + WRITE_INDEX, index)
+    if load32_ordered(ring.control + INTERRUPT_MASK) != 0 or load32_ordered(ring.control + READ_INDEX) != before:
         return 0
     signal(ring)
     return 1
@@ -133,13 +158,8 @@ def in_look(ring: Any) -> int:
     if write >= ring.size or write & 7 != 0:
         broken(ring, BAD_INDEX, write, ring.size)
         return 0
-    ready = write - ring.index
-    if ready < 0:
-        ready += ring.size
-    held = ring.index - ring.shown
-    if held < 0:
-        held += ring.size
-    if ready + held >= ring.size:
+    ready = distance(ring.index, write, ring.size)
+    if ready + distance(ring.shown, ring.index, ring.size) >= ring.size:
         broken(ring, BAD_MOVE, write, ring.size)
         return 0
     ring.room = ready
@@ -181,10 +201,10 @@ def in_header(ring: Any) -> int:
     """The next packet's first 64 bits, read once and checked: 16 <= offset <= length, length + 8 <= readable. -1 if not so."""
     header = load64(ring.data + ring.index) & 0x7FFFFFFFFFFFFFFF
     length = packet_length(header)
-    if length < 16 or length + FOOTER > ring.room:
+    if length < HEADER or length + FOOTER > ring.room:
         broken(ring, BAD_LENGTH, length, ring.room - FOOTER)
         return -1
-    if packet_offset(header) < 16 or packet_offset(header) > length:
+    if packet_offset(header) < HEADER or packet_offset(header) > length:
         broken(ring, BAD_OFFSET, packet_offset(header), length)
         return -1
     return header
@@ -194,13 +214,9 @@ def in_header(ring: Any) -> int:
 def in_skip(ring: Any, header: int) -> None:
     """Step over the packet with this checked header. Its place stays the reader's until `in_commit`."""
     total = packet_length(header) + FOOTER
-    index = ring.index + total
-    if index >= ring.size:
-        index -= ring.size
-    ring.index = index
+    ring.index = ahead(ring.index, total, ring.size)
     ring.room -= total
     ring.packets += 1
-    ring.bytes += total
 
 
 @inline
@@ -210,28 +226,48 @@ def in_commit(ring: Any) -> int:
     The rule is the kernel's (hv_pkt_iter_close): only on the way from "not more than pending_send_sz free" to "more".
     """
     before = ring.shown
-    if ring.index == before:
+    index = ring.index
+    if index == before:
         return 0
-    ring.shown = ring.index
-    store32_release(ring.control + READ_INDEX, ring.index)
-    fence()
-    pending = load32(ring.control + PENDING_SEND_SZ)
+    freed = distance(before, index, ring.size)
+    ring.shown = index
+    ring.bytes += freed
+    store32_ordered(ring.control + READ_INDEX, index)
+    pending = load32_ordered(ring.control + PENDING_SEND_SZ)
     if pending == 0 or load32(ring.control + FEATURE_BITS) & FEAT_PENDING_SEND_SZ == 0:
         return 0
-    write = load32_acquire(ring.control + WRITE_INDEX)
+    write = load32_ordered(ring.control + WRITE_INDEX)
     if write >= ring.size or write & 7 != 0:
         broken(ring, BAD_INDEX, write, ring.size)
         return 0
-    free = ring.index - write
-    if free <= 0:
-        free += ring.size
-    freed = ring.index - before
-    if freed < 0:
-        freed += ring.size
+    free = free_between(write, index, ring.size)
     if free <= pending or free - freed > pending:
         return 0
     signal(ring)
     return 1
+
+
+@inline
+def in_next(ring: Any, header: int) -> None:
+    """`in_skip`, and `in_commit` when it is due: for whoever takes one packet at a time.
+
+    It is due once all that was known to be there is read, which is when Linux's iterator gives space back (hv_pkt_iter_next), and
+    earlier when a quarter of the ring is held. Indices are then shown as rarely as in bursts while the writer is ahead.
+    """
+    in_skip(ring, header)
+    if ring.room == 0 or distance(ring.shown, ring.index, ring.size) > ring.size >> 2:
+        in_commit(ring)
+
+
+@inline
+def rest() -> None:
+    """What a poller does between two looks at an index that has not moved.
+
+    Each look takes the control page's cache line away from the other side, which works on it: looking at once again and again
+    costs the other side up to half of its speed.
+    """
+    for _ in range(RESTS):
+        pause()
 
 
 @inline

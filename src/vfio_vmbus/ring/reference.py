@@ -55,7 +55,11 @@ class _Reference:
         self.index = (self.index + total) % self.size
         self.room -= total
         self.packets += 1
-        self.bytes += total
+
+    def _show(self) -> int:
+        before, self.shown = self.shown, self.index
+        self.bytes += (self.index - before) % self.size
+        return before
 
     def _get(self, index: int, length: int) -> bytes:
         start = _CONTROL + index
@@ -101,7 +105,7 @@ class OutgoingReference(_Reference):
             self._advance(total)
             sent += 1
         if sent:
-            before, self.shown = self.shown, self.index
+            before = self._show()
             self._store(_WRITE, self.index)
             if self._load(_MASK) == 0 and self._load(_READ) == before:
                 self.signals += 1
@@ -147,7 +151,7 @@ class IncomingReference(_Reference):
         """Give all held space back; signal a writer that waits for more room than it had and now has it."""
         if self.index == self.shown:
             return False
-        before, self.shown = self.shown, self.index
+        before = self._show()
         self._store(_READ, self.index)
         pending = self._load(_PENDING)
         if pending == 0 or self._load(_FEATURES) & 1 == 0:

@@ -13,7 +13,7 @@ RING = np.dtype(
         ("shown", "i8"),  # own index as the other side can see it
         ("room", "i8"),  # bytes free (outgoing) or readable (incoming) when the other side's index was last looked at
         ("packets", "i8"),
-        ("bytes", "i8"),
+        ("bytes", "i8"),  # shown or given back, descriptors and footers included
         # up to here one cache line: what every packet touches
         ("broken", "i8"),  # 0, or the first rule that the other side broke: BAD_*
         ("bad_value", "i8"),  # the value that broke it

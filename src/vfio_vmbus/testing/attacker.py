@@ -142,12 +142,19 @@ class Attacker:
     """A client that has brought a card up over `device`, which stays the caller's: closing it ends the attacker, without a good-bye.
 
     prey: what belongs to others. patience: seconds to wait for answers that may never come; gone: says that none will, earlier.
+    options: as of Netvsc, whose buffers are small here.
     Its own memory: `trap` (for the host to read), `deaf` (the host may only write), `mute` (the host may only read); all full of
     what `marked_memory` gives, so that none of it should ever be seen in a frame, and neither `deaf` nor `mute` should change.
     """
 
     def __init__(
-        self, device: OfferedDevice, prey: Prey | None = None, *, patience: float = 0.3, gone: Callable[[], bool] = lambda: False
+        self,
+        device: OfferedDevice,
+        prey: Prey | None = None,
+        *,
+        patience: float = 0.3,
+        gone: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
         self.device = device
         self.connection = device.connection
@@ -158,8 +165,9 @@ class Attacker:
         """False: let answers pile up in the ring until the end."""
         self._noted = _Noted(device)
         self._tally = _Tally()
-        self._next = FIRST_TRANSACTION
-        self.nic = Netvsc(self._noted, **_BUFFERS)
+        self._due: list[int] = []
+        self.last_transaction = FIRST_TRANSACTION
+        self.nic = Netvsc(self._noted, **(_BUFFERS | options))
         self.mac = self.nic.mac
         self.channel = self._noted.channels[0]
         self.receive_buffer = self._noted.shared["receive-buffer"]
@@ -189,6 +197,7 @@ class Attacker:
                 self.take_answers()
             if self.gone() or time.monotonic() > end:
                 self._tally.no_room += 1
+                self._tally.waiting.discard(int.from_bytes(packet[8:16], "little"))
                 return False
             time.sleep(0.0005)
         return True
@@ -206,8 +215,8 @@ class Attacker:
     ) -> bytes:
         """A packet's bytes; the header lies where it is told to. With flag 1 its answer is waited for."""
         if transaction is None:
-            self._next += 1
-            transaction = self._next
+            self.last_transaction += 1
+            transaction = self.last_transaction
             if flags & 1:
                 self._tally.waiting.add(transaction)
         body = lists + payload.ljust(-(-len(payload) // 8) * 8, b"\0")
@@ -276,19 +285,22 @@ class Attacker:
         try:
             while (packet := self.channel.incoming.receive()) is not None:
                 self._note(packet)
+            while self._due and self._give_back(self._due[0]):
+                self._due.pop(0)
         except PeerError as error:
             self._tally.refused.append(str(error))
 
     def _note(self, packet: Packet) -> None:
         if packet.packet_type == PACKET_COMPLETION and packet.transaction_id in self._tally.waiting:
             self._tally.waiting.discard(packet.transaction_id)
-            self._tally.statuses.append(int.from_bytes(packet.payload[4:8], "little"))
+            status = int.from_bytes(packet.payload[4:8], "little") if packet.payload else nvsp.STATUS_SUCCESS
+            self._tally.statuses.append(status)
         elif packet.packet_type == PACKET_XFER_PAGES:
-            self.channel.outgoing.send(
-                nvsp.encode_message(nvsp.SendRndisPacketComplete()),
-                packet_type=PACKET_COMPLETION,
-                transaction_id=packet.transaction_id,
-            )
+            self._due.append(packet.transaction_id)
+
+    def _give_back(self, transaction: int) -> bool:
+        payload = nvsp.encode_message(nvsp.SendRndisPacketComplete())
+        return self.channel.outgoing.send(payload, packet_type=PACKET_COMPLETION, transaction_id=transaction)
 
     def outcome(self) -> Outcome:
         """Wait until everything is answered, or patience is at its end."""
@@ -306,7 +318,7 @@ class Attacker:
             tried=tally.tried,
             succeeded=good,
             failed=len(tally.statuses) - good,
-            unanswered=len(tally.waiting) - tally.no_room,
+            unanswered=len(tally.waiting),
             no_room=tally.no_room,
             refused=tuple(tally.refused),
         )

@@ -20,7 +20,7 @@ from ..memory.mapping import PAGE
 from ..memory.shared import SharedMemory
 from ..vfio import eventfd
 from ..vfio import registers as reg
-from ..vfio.device import BAR0_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, Irq, Region
+from ..vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, Irq, Region
 from .leaks import nothing_left
 
 IOVA = 1 << 32
@@ -366,6 +366,47 @@ class VmbusFunctionConformance(DeviceConformance):
                 with refused(UsageError):
                     bar.doorbell(offset)
 
+    def test_the_configuration_space_is_that_of_the_personality(self) -> None:
+        with self.opened() as device:
+            space = device.region(CONFIG_REGION)
+            assert space.size >= 0x100
+            assert space.read(0x00, 4) == bytes.fromhex("1414 5642")
+            assert space.read(0x08, 1)[0] == reg.LAYOUT
+            assert space.read(0x06, 2)[0] & 0x10
+            assert (space.read(0x0E, 1), space.read(0x3D, 1)) == (b"\0", b"\0")
+            msix, vendor = capabilities(space)[0x11], capabilities(space)[0x09]
+            assert int.from_bytes(space.read(msix + 2, 2), "little") & 0x7FF == device.irq(MSIX_IRQ).count - 1
+            assert space.read(vendor + 2, 6) == bytes([40, reg.LAYOUT]) + b"VMBS"
+
+    def test_bars_tell_their_sizes(self) -> None:
+        with self.opened() as device:
+            space = device.region(CONFIG_REGION)
+            found = {region.index: region.size for region in regions(device)}
+            for bar in range(6):
+                before = space.read32(0x10 + 4 * bar)
+                space.write32(0x10 + 4 * bar, 0xFFFF_FFFF)
+                answer = space.read32(0x10 + 4 * bar)
+                space.write32(0x10 + 4 * bar, before)
+                assert -(answer & ~0xF) & 0xFFFF_FFFF == found.get(bar, 0)
+
+    def test_the_msix_table_is_where_the_capability_says(self) -> None:
+        with self.opened() as device:
+            space = device.region(CONFIG_REGION)
+            at = capabilities(space)[0x11]
+            count = device.irq(MSIX_IRQ).count
+            for offset, size in ((space.read32(at + 4), 16 * count), (space.read32(at + 8), (count + 63) // 64 * 8)):
+                region = device.region(offset & 7)
+                assert (offset & ~7) + size <= region.size
+                assert len(region.read(offset & ~7, 8)) == 8
+
+    def test_a_driver_turns_memory_and_bus_master_on(self) -> None:
+        with self.opened() as device:
+            space = device.region(CONFIG_REGION)
+            space.write(4, (0x6).to_bytes(2, "little"))
+            assert space.read(4, 1)[0] & 0x6 == 0x6
+            device.region(BAR0_REGION).write32(reg.REG_CONTROL, reg.CONTROL_RESET)
+            assert space.read(4, 1)[0] & 0x6 == 0x6
+
     def test_an_admin_ring_starts_stops_and_starts_again(self) -> None:
         with memory(8) as mine, self.opened() as device:
             device.dma.map(IOVA, mine.fd, 0, 8 * PAGE, READ | WRITE)
@@ -466,6 +507,19 @@ def irqs(device: Device) -> list[Irq]:
 def outside(region: Region) -> tuple[int, ...]:
     """Offsets at which four bytes are not all within."""
     return (region.size, region.size - 2, -4, 1 << 40, 1 << 62, FAR, FAR - 4)
+
+
+def capabilities(space: Region) -> dict[int, int]:
+    """The capabilities of a configuration space: number -> offset. AssertionError for a list without an end."""
+    found: dict[int, int] = {}
+    at = space.read(0x34, 1)[0]
+    while at:
+        assert at % 4 == 0
+        assert at >= 0x40
+        assert space.read(at, 1)[0] not in found
+        found[space.read(at, 1)[0]] = at
+        at = space.read(at + 1, 1)[0]
+    return found
 
 
 def state(device: Device) -> tuple[int, int]:

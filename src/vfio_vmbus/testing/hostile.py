@@ -150,15 +150,15 @@ class Arena:
     def _evidence(
         self, function: InProcessDevice, connection: Connection, before: dict[str, int], outcome: Outcome, lawful: bool
     ) -> list[str]:
-        """How the host took notice. Waits a little: it may still be about to."""
-        end = time.monotonic() + (0 if outcome.failed or outcome.refused or lawful else _PATIENCE)
+        """How the host took notice. Waits a little, where it may still be about to."""
+        end = time.monotonic() + (0 if lawful else _PATIENCE)
         while True:
             grown = {name: value - before.get(name, 0) for name, value in self._counts(function).items()}
             found = [f"{name}: {value}" for name, value in grown.items() if value]
             found += [f"closed: {error}" for error in list(connection.errors)[:3]]
             found += [f"refused: {text}" for text in outcome.refused[:3]]
             found += [f"completed with failure: {outcome.failed}"] if outcome.failed else []
-            if found or time.monotonic() > end:
+            if (found and (connection.errors or not outcome.unanswered)) or time.monotonic() > end:
                 return found
             time.sleep(0.001)
 

@@ -138,7 +138,8 @@ class ScriptedHost:
         self.buffers: dict[int, ScriptedBuffer] = {}
         self.most_buffers = 100
         self.completes = True
-        """False: transfers are taken and never completed."""
+        """False: transfers are taken, noted in `outstanding`, and not completed."""
+        self.outstanding: list[int] = []
         self.status = nvsp.STATUS_SUCCESS
         """What transfers are completed with."""
         self.max_messages = 8
@@ -230,7 +231,9 @@ class ScriptedHost:
                 self.complete(packet.transaction_id, answer)
             return
         data = self._transfer(packet, message)
-        if self.completes and packet.completion_requested:
+        if not self.completes:
+            self.outstanding.append(packet.transaction_id)
+        elif packet.completion_requested:
             self.complete(packet.transaction_id, nvsp.SendRndisPacketComplete(status=self.status))
         if message.channel_type == nvsp.CHANNEL_DATA:
             self.transfers.append(data)

@@ -1,4 +1,4 @@
-"""A PCI function around one client's VMBus connection: its registers, interrupts and IO address space.
+"""A PCI function around one client's VMBus connection: its regions, interrupts and IO address space.
 
 It knows nothing of what stands behind it: a `Backend` gets the admin ring, and is told to let go. The function is
 single-threaded: whoever carries accesses to it (a device in this process, a server's loop) does so from one thread.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import UsageError, VfioVmbusError
 from ..iommu.domain import Domain
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE, Piece
-from . import eventfd
+from ..wire.vfio import REGION_CONFIG
+from . import config, eventfd
 from . import registers as reg
 
 log = logging.getLogger("vfio_vmbus.vfio")
@@ -71,12 +74,38 @@ class Vectors:
         self._resources.close()
 
 
-class PciFunction:
-    """Registers of BAR 0 (`registers`), MSI-X vectors and the client's `Domain`. channels: doorbells, up to 1024."""
+@dataclass(frozen=True)
+class Window:
+    """A region of a function: `size` bytes. read(offset, size) and write(offset, data) raise UsageError for what it does not have."""
 
-    def __init__(self, name: str, *, vectors: int = reg.VECTORS, channels: int = reg.CHANNELS) -> None:
+    size: int
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, bytes], None]
+
+
+class PciFunction:
+    """Registers of BAR 0 (`registers`), MSI-X vectors, configuration space and the client's `Domain`. docs/pci-personality.md.
+
+    vectors: up to 128. channels: doorbells, up to 1024. identity: what stands behind it, for the configuration space.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        vectors: int = reg.VECTORS,
+        channels: int = reg.CHANNELS,
+        identity: config.Identity = config.NOTHING,
+    ) -> None:
         self.name = name
         self.channels = channels
+        self._msix = config.msix_bar(vectors)
+        self._config = config.config_space(identity, vectors)
+        self.windows = {
+            config.BAR0_INDEX: Window(reg.BAR0_SIZE, self.read, self.write),
+            config.MSIX_INDEX: Window(self._msix.size, self._msix.read, self._msix.write),
+            REGION_CONFIG: Window(self._config.size, self._config.read, self._config.write),
+        }
         self.domain = Domain(name)
         self.domain.revoke = self._revoke
         self.vectors = Vectors(vectors)
@@ -129,10 +158,9 @@ class PciFunction:
 
     def reset(self) -> None:
         """Back to the state after power-on; maps and interrupts stay."""
-        self._stop()
-        self._words = dict.fromkeys(self._words, 0)
-        self._status = 0
-        self._error = reg.ERROR_NONE
+        self._config.reset()
+        self._msix.reset()
+        self._reset_registers()
 
     def release(self) -> None:
         """The client is gone: reset, and nothing of it is kept."""
@@ -157,9 +185,16 @@ class PciFunction:
         elif offset == reg.REG_CONTROL and value == reg.CONTROL_START:
             self._start()
         elif offset == reg.REG_CONTROL and value == reg.CONTROL_RESET:
-            self.reset()
+            self._reset_registers()
         elif offset in self._words:
             self._words[offset] = value
+
+    def _reset_registers(self) -> None:
+        """The driver's own reset, which leaves the configuration space alone: else BAR 0 would vanish under it."""
+        self._stop()
+        self._words = dict.fromkeys(self._words, 0)
+        self._status = 0
+        self._error = reg.ERROR_NONE
 
     def _start(self) -> None:
         if self._status & reg.STATUS_RUNNING:

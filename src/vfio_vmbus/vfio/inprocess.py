@@ -12,32 +12,34 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError
+from ..wire.vfio import PCI_IRQS, PCI_REGIONS
 from .device import BAR0_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
 from .function import PciFunction
-from .registers import BAR0_SIZE, REG_DOORBELLS
+from .registers import REG_DOORBELLS
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], Any]], Any]
 
 
-class _Bar0(Region):
-    index = BAR0_REGION
-    size = BAR0_SIZE
+class _Window(Region):
     flags = REGION_READ | REGION_WRITE
 
-    def __init__(self, function: PciFunction, run: Run) -> None:
+    def __init__(self, function: PciFunction, index: int, run: Run) -> None:
+        self.index = index
         self._function = function
+        self._window = function.windows[index]
         self._run = run
+        self.size = self._window.size
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._run(lambda: self._function.read(offset, size))
+        return self._run(lambda: self._window.read(offset, size))
 
     def write(self, offset: int, data: bytes) -> None:
-        self._run(lambda: self._function.write(offset, bytes(data)))
+        self._run(lambda: self._window.write(offset, bytes(data)))
 
     def doorbell(self, offset: int) -> int:
-        if offset < REG_DOORBELLS or offset % 4:
-            raise UsageError(f"no doorbell register at {offset:#x}")
+        if self.index != BAR0_REGION or offset < REG_DOORBELLS or offset % 4:
+            raise UsageError(f"no doorbell register at {offset:#x} of region {self.index}")
         return self._run(lambda: self._function.doorbell((offset - REG_DOORBELLS) // 4))
 
 
@@ -77,15 +79,15 @@ class InProcessDevice(Device):
         self._released = released
         self._open = True
         self._closing = Lock()
-        self.info = DeviceInfo(function.name, regions=9, irqs=5, resettable=True, isolation="software IOMMU")
+        self.info = DeviceInfo(function.name, regions=PCI_REGIONS, irqs=PCI_IRQS, resettable=True, isolation="software IOMMU")
         self.dma = _Maps(function, self._run)
-        self._bar0 = _Bar0(function, self._run)
+        self._regions = {index: _Window(function, index, self._run) for index in function.windows}
         self._msix = _Msix(function, self._run)
 
     def region(self, index: int) -> Region:
-        if index != BAR0_REGION:
-            raise UsageError(f"region {index}: this device has region {BAR0_REGION} (BAR 0) only")
-        return self._bar0
+        if index not in self._regions:
+            raise UsageError(f"region {index}: this device has {', '.join(map(str, self._regions))}")
+        return self._regions[index]
 
     def irq(self, index: int) -> Irq:
         if index != MSIX_IRQ:

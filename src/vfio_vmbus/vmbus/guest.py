@@ -6,12 +6,11 @@ Orders of messages from drivers/hv of Linux (connection.c, channel.c, channel_mg
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 
 from vfio_vmbus.errors import ProtocolError, RescindedError, UsageError
 from vfio_vmbus.vmbus import actions as act
 from vfio_vmbus.vmbus.gpadl import gpadl_messages
+from vfio_vmbus.vmbus.guest_records import GuestChannel, GuestGpadl, GuestStage
 from vfio_vmbus.vmbus.limits import GuestLimits
 from vfio_vmbus.vmbus.states import GUEST_ACCEPTS, GuestState
 from vfio_vmbus.wire import vmbus as wire
@@ -22,35 +21,6 @@ Sends = list[act.Send]
 
 FIRST_GPADL = 0xE1E10  # where Linux begins to count; any number but 0 would do
 LAST_GPADL = 0xFFFFFFFF
-
-
-class GuestGpadl(Enum):
-    """A GPADL as the driver asked for it. While CREATING and TEARING the host's answer is awaited."""
-
-    CREATING = "creating"
-    READY = "ready"
-    TEARING = "tearing down"
-
-
-class GuestStage(Enum):
-    """A channel as the driver asked for it. Closing takes no answer."""
-
-    CLOSED = "closed"
-    OPENING = "opening"
-    OPEN = "open"
-
-
-@dataclass(slots=True, eq=False)
-class GuestChannel:
-    """An offer and what the driver made of it."""
-
-    key: tuple[bytes, bytes, int]
-    stage: GuestStage = GuestStage.CLOSED
-    rescinded: bool = False
-    open_id: int = 0
-    ring: int = 0
-    modifying: bool = False
-    gpadls: dict[int, GuestGpadl] = field(default_factory=dict)
 
 
 def _send(message: wire.Message) -> Sends:

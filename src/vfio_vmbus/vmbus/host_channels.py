@@ -19,6 +19,7 @@ from vfio_vmbus.vmbus.actions import (
     Send,
 )
 from vfio_vmbus.vmbus.gpadl import Assembly, ring_pages
+from vfio_vmbus.vmbus.host_checks import ring_problem, room_problem, vp_problem
 from vfio_vmbus.vmbus.host_records import GpadlStage, HostChannel, HostGpadl, Presence, Stage
 from vfio_vmbus.vmbus.limits import HostLimits
 from vfio_vmbus.vmbus.states import (
@@ -31,8 +32,6 @@ from vfio_vmbus.vmbus.states import (
 from vfio_vmbus.wire import vmbus as wire
 
 Actions = list[HostAction]
-
-MIN_RING_PAGES = 2  # a control page and one page of data
 
 
 def send(message: wire.Message) -> Send:
@@ -233,27 +232,11 @@ class HostChannels:
         if outcome is Outcome.REFUSE:
             return _refuse_open(message, wire.STATUS_UNSUCCESSFUL, f"channel is {self.view(relid).value}")
         channel = self._channels[relid]
-        problem = self._ring_problem(channel, message) or self._vp_problem(message.target_vp, may_disable=True)
+        problem = ring_problem(channel, message) or vp_problem(message.target_vp, self.limits, may_disable=True)
         if problem:
             return _refuse_open(message, wire.STATUS_INVALID_PARAMETER, problem)
         channel.reopen = message
         return self._settle(channel)
-
-    def _ring_problem(self, channel: HostChannel, message: wire.OpenChannel) -> str:
-        gpadl = channel.gpadls.get(message.ring_gpadl)
-        if gpadl is None or channel.gpadl_view(gpadl) is not GpadlView.READY:
-            return f"GPADL {message.ring_gpadl:#x} is not a ready one of this channel"
-        if not MIN_RING_PAGES <= message.downstream_page_offset <= gpadl.ring_pages - MIN_RING_PAGES:
-            return (
-                f"downstream ring at page {message.downstream_page_offset} of {gpadl.ring_pages} whole pages; "
-                f"each ring needs {MIN_RING_PAGES}"
-            )
-        return ""
-
-    def _vp_problem(self, target_vp: int, *, may_disable: bool) -> str:
-        if target_vp < self.limits.target_vps or (may_disable and target_vp == wire.VP_INDEX_DISABLE_INTERRUPT):
-            return ""
-        return f"target_vp {target_vp:#x}, limit {self.limits.target_vps - 1:#x}"
 
     def _on_close(self, message: wire.CloseChannel) -> Actions:
         if self._outcome(message, message.child_relid) is Outcome.IGNORE:
@@ -270,7 +253,7 @@ class HostChannels:
         request = self._channels[relid].request
         if request is not None and request.target_vp == wire.VP_INDEX_DISABLE_INTERRUPT:
             return self._refuse_modify(relid, wire.STATUS_INVALID_PARAMETER, "channel was opened without interrupts")
-        if problem := self._vp_problem(message.target_vp, may_disable=False):
+        if problem := vp_problem(message.target_vp, self.limits, may_disable=False):
             return self._refuse_modify(relid, wire.STATUS_INVALID_PARAMETER, problem)
         answer = wire.ModifyChannelResponse(child_relid=relid, status=wire.STATUS_SUCCESS)
         return [ChannelModify(relid, message.target_vp), *([send(answer)] if self.answers_modify else [])]
@@ -294,7 +277,7 @@ class HostChannels:
             assembly.refuse(wire.STATUS_UNSUCCESSFUL, f"channel {relid} is {self.view(relid).value}")
         elif in_use:
             assembly.refuse(wire.STATUS_UNSUCCESSFUL, f"the host still uses the last GPADL {handle:#x}")
-        elif problem := self._room_problem(assembly.pages):
+        elif problem := room_problem(assembly.pages, self._gpadls.values(), self._assemblies.values(), self.limits):
             assembly.refuse(wire.STATUS_INSUFFICIENT_RESOURCES, problem)
         if assembly.complete:
             return self._finish(assembly)
@@ -302,19 +285,6 @@ class HostChannels:
             raise ProtocolError(f"{len(self._assemblies) + 1} unfinished GPADLs, limit {self.limits.max_unfinished}")
         self._assemblies[handle] = assembly
         return []
-
-    def _room_problem(self, pages: int) -> str:
-        limits = self.limits
-        taken = [item for item in self._assemblies.values() if item.status == wire.STATUS_SUCCESS]
-        count = len(self._gpadls) + len(taken) + 1
-        total = sum(gpadl.pages for gpadl in self._gpadls.values()) + sum(item.pages for item in taken) + pages
-        if count > limits.max_gpadls:
-            return f"{count} GPADLs, limit {limits.max_gpadls}"
-        if pages > limits.max_gpadl_pages:
-            return f"{pages} pages, limit {limits.max_gpadl_pages}"
-        if total > limits.max_total_pages:
-            return f"{total} pages in all GPADLs, limit {limits.max_total_pages}"
-        return ""
 
     def _on_gpadl_body(self, message: wire.GpadlBody) -> Actions:
         self._gpadl_outcome(message, message.gpadl)

@@ -6,6 +6,9 @@
     nvsp                  the network card's own messages
     rndis, frame          its control messages and its frames
     oid, ndis             what these are about: numbers, and the objects that they carry
+    pci                   configuration space and MSI-X
+    vfio                  devices as VFIO shows them
+    vfio_user             the same over a socket; vfio_user_version: what its ends tell each other first
 
 One field table per structure gives the class, its size, its offsets and its numpy dtype. Importing any of it
 loads neither numpy nor numba. Layouts and numbers are tested against the kernel's own (tests/wire).

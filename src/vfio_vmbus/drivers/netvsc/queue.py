@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -147,6 +148,22 @@ class Queue:
             self._check()
             kernels.reap(self._address)
         return sent
+
+    def receive(self, count: int | None = None) -> list[bytes]:
+        """Copies of received frames, at most `count`: for convenience where a table of addresses is not worth it. Raises as `rx_burst`."""
+        return [ctypes.string_at(address, size) for address, size, _, _ in self.rx_burst(count).tolist()]
+
+    def send(self, frames: Sequence[bytes]) -> int:
+        """Send frames given as bytes, Ethernet header first: for convenience, as `receive`. How many there was room for."""
+        if not frames:
+            return 0
+        sizes = np.array([len(frame) for frame in frames], np.int64)
+        memory = Block(np.uint8, max(int(sizes.sum()), 1))
+        memory.array[: sizes.sum()] = np.frombuffer(b"".join(frames), np.uint8)
+        table = Block(FRAME, len(frames))
+        table.array["address"] = memory.address + np.cumsum(sizes) - sizes
+        table.array["size"] = sizes
+        return self.tx_burst(table)
 
     def wait(self, seconds: float) -> bool:
         """Sleep until the host has something for this queue, at most `seconds`. True when there is something."""

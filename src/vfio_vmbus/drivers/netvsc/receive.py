@@ -24,6 +24,9 @@ from ...ring.primitives import (
     packet_type,
     ring_at,
 )
+from ...wire import nvsp
+from ...wire import ring as wire_ring
+from ...wire.frame import RxChecksum
 from .state import (
     BAD_IP_CHECKSUM,
     BAD_L4_CHECKSUM,
@@ -37,10 +40,14 @@ from .state import (
 )
 from .transmit import FRAME_SIZE, tx_completed
 
-_XFER_PAGES = 7
-_COMPLETION = 11
-_RECEIVE_BUFFER_ID = 0xCAFE
-_SEND_RNDIS_COMPLETE = 108
+_L4_FAILED = RxChecksum.tcp_failed.mask | RxChecksum.udp_failed.mask
+_L4_SUCCEEDED = RxChecksum.tcp_succeeded.mask | RxChecksum.udp_succeeded.mask
+_IP_FAILED = RxChecksum.ip_failed.mask
+_IP_SUCCEEDED = RxChecksum.ip_succeeded.mask
+_XFER_PAGES = wire_ring.PACKET_XFER_PAGES
+_COMPLETION = wire_ring.PACKET_COMPLETION
+_RECEIVE_BUFFER_ID = nvsp.RECEIVE_BUFFER_ID
+_SEND_RNDIS_COMPLETE = nvsp.SEND_RNDIS_PACKET_COMPLETE
 _COMPLETION_SIZE = 16 + 8 + 8
 _KEPT_FREE = 64 + 32
 
@@ -54,13 +61,13 @@ def _checked(info: int) -> int:
     if info <= 0:
         return 0
     flags = 0
-    if info & 0b000011 != 0:
+    if info & _L4_FAILED != 0:
         flags |= BAD_L4_CHECKSUM
-    elif info & 0b011000 != 0:
+    elif info & _L4_SUCCEEDED != 0:
         flags |= GOOD_L4_CHECKSUM
-    if info & 0b000100 != 0:
+    if info & _IP_FAILED != 0:
         flags |= BAD_IP_CHECKSUM
-    elif info & 0b100000 != 0:
+    elif info & _IP_SUCCEEDED != 0:
         flags |= GOOD_IP_CHECKSUM
     return flags
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...wire.frame import TxChecksum
+
 DONE_SLOTS = 512
 """Receive transfers whose frames the application may still hold, and whose completions are due at its next call."""
 MAIL_SLOTS = 16
@@ -60,11 +62,11 @@ QUEUE = np.dtype(
 FRAME = np.dtype([("address", "i8"), ("size", "i8"), ("flags", "i8"), ("checksum", "i8")])
 """One frame of a burst. Sending: flags unused, `checksum` is CHECKSUM_* wishes or 0. Receiving: `flags` says what the host checked."""
 
-CHECKSUM_IPV4 = 1
-CHECKSUM_IPV6 = 2
-CHECKSUM_TCP = 4
-CHECKSUM_UDP = 8
-CHECKSUM_IP_HEADER = 16
+CHECKSUM_IPV4 = TxChecksum.is_ipv4.mask
+CHECKSUM_IPV6 = TxChecksum.is_ipv6.mask
+CHECKSUM_TCP = TxChecksum.tcp_checksum.mask
+CHECKSUM_UDP = TxChecksum.udp_checksum.mask
+CHECKSUM_IP_HEADER = TxChecksum.ip_header_checksum.mask
 """Wishes for a frame to send (NDIS_TCP_IP_CHECKSUM_PACKET_INFO, transmit); the L4 header's offset goes into bits 16 and up."""
 
 GOOD_IP_CHECKSUM = 1

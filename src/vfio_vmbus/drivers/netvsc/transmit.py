@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
-from ...memory.access import copy, inline, load64, store64
+from ...dataplane.rndis import PLAIN_ROOM, room_for, write_header
+from ...memory.access import copy, inline, load64, prefetch_to_write, store64
 from ...ring.primitives import out_begin, out_end, out_publish, ring_at
+from ...wire import nvsp
+from ...wire import ring as wire_ring
+from ...wire.frame import PPI_CHECKSUM
+from ...wire.gpa import PAGE_SIZE
 from .state import FRAME, QUEUE
 
-_INBAND = 6
-_GPA_DIRECT = 9
-_WITH_COMPLETION = 1 << 48
-_SEND_RNDIS_PACKET = 107
-_NO_SECTION = 0xFFFFFFFF
-_NVSP_SIZE = 40
-_SECTION_PACKET = 16 + _NVSP_SIZE + 8
+_INBAND = wire_ring.PACKET_INBAND
+_GPA_DIRECT = wire_ring.PACKET_GPA_DIRECT
+_WITH_COMPLETION = wire_ring.FLAG_COMPLETION_REQUESTED << 48
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_NO_SECTION = nvsp.NO_SECTION
+_NVSP_SIZE = nvsp.MESSAGE_SIZE
+_SECTION_PACKET = 16 + _NVSP_SIZE + wire_ring.FOOTER_SIZE
 _RESERVED = _SECTION_PACKET + 32
 """Room that other packets leave in the ring, so that an open section can always be sent."""
-_PAGE = 4096
+_AHEAD = 8
+"""Frames between the one that is written and the one whose memory is asked for: what lies with the host's core takes its time."""
 
 QUEUE_SIZE = QUEUE.itemsize
 FRAME_SIZE = FRAME.itemsize
@@ -55,6 +60,25 @@ def tx_close(queue: Any) -> None:
 
 
 @inline
+def _ask_for_message(place: int) -> None:
+    """Prefetch where a message is to be written: its header, and the first bytes of its frame, which the host looks at, too."""
+    prefetch_to_write(place)
+    prefetch_to_write(place + PLAIN_ROOM)
+
+
+@inline
+def _ask_for_later(queue: Any, need: int) -> None:
+    """A section is begun: prefetch the beginnings of messages in one that will be filled later, if they take `need` bytes, too."""
+    fitting = queue.send_section // need
+    later = (_AHEAD + fitting - 1) // fitting
+    if later > queue.free_count:
+        return
+    section = queue.send + load64(queue.free + (queue.free_count - later) * 8) * queue.send_section
+    for at in range(0, min(_AHEAD, fitting) * need, need):
+        _ask_for_message(section + at)
+
+
+@inline
 def _begin_section(queue: Any, need: int) -> int:
     """Where `need` bytes of a section are free, opening another one if need be; 0 when all are with the host."""
     if queue.open >= 0 and (queue.used + need > queue.send_section or queue.messages >= queue.max_messages):
@@ -68,7 +92,11 @@ def _begin_section(queue: Any, need: int) -> int:
         queue.open = load64(queue.free + queue.free_count * 8)
         queue.used = 0
         queue.messages = 0
-    return queue.send + queue.open * queue.send_section + queue.used
+        _ask_for_later(queue, need)
+    place = queue.send + queue.open * queue.send_section + queue.used
+    if queue.used + (_AHEAD + 1) * need <= queue.send_section:
+        _ask_for_message(place + _AHEAD * need)
+    return place
 
 
 @inline
@@ -96,7 +124,7 @@ def _commit_slot(queue: Any, total: int) -> int:
     """Send the slot that is being filled, GPA-direct, a range a page. 0 when the ring has no room for it."""
     slot = queue.slot
     iova = queue.pool_iova + slot * queue.pool_slot
-    pages = (total + _PAGE - 1) // _PAGE
+    pages = (total + PAGE_SIZE - 1) // PAGE_SIZE
     offset = 24 + 16 * pages
     ring = ring_at(queue.outgoing)
     packet = out_begin(ring, offset + _NVSP_SIZE + _RESERVED)
@@ -107,7 +135,7 @@ def _commit_slot(queue: Any, total: int) -> int:
     store64(packet + 8, queue.send_sections + slot)
     store64(packet + 16, pages << 32)
     for page in range(pages):
-        store64(packet + 24 + 16 * page, min(_PAGE, total - page * _PAGE))
+        store64(packet + 24 + 16 * page, min(PAGE_SIZE, total - page * PAGE_SIZE))
         store64(packet + 32 + 16 * page, (iova >> 12) + page)
     _write_nvsp(packet + offset, _NO_SECTION, 0)
     out_end(ring, length + 8)

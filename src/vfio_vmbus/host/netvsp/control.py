@@ -1,12 +1,15 @@
 """netvsp's control plane: NVSP (versions, buffers) and RNDIS control messages of one channel.
 
-It runs on the host's loop, and only while the channel's NIC record is its own (`owner`): the worker hands over whatever is not a
-data frame. Order of messages as in Linux drivers/net/hyperv/netvsc.c; a message out of order or malformed ends the channel's use.
+It runs on the host's loop. The worker hands the guest's ring over (`owner`) when there is something in it that is not a data frame, and
+goes on delivering frames meanwhile: so whatever it uses for that (the ring to the guest, the receive sections, `ready`) is touched here
+only while it is parked, `exclusive`, once data may flow.
+Order of messages as in Linux drivers/net/hyperv/netvsc.c; a message out of order or malformed ends the channel's use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from ...errors import IsolationFault, ProtocolError
 from ...iommu.translation import READ, WRITE
@@ -33,10 +36,22 @@ _OVERHEAD = 64 + 4
 
 
 class Control:
-    """The conversation on one open channel. `nic` is its record; answers wait in an outbox until ring and receive buffer have room."""
+    """The conversation on one open channel. `nic` is its record; answers wait in an outbox until ring and receive buffer have room.
 
-    def __init__(self, context: ChannelContext, nic: Block, objects: Objects, versions: tuple[int, ...], max_mtu: int) -> None:
+    paused: a context in which the worker is parked; it does not nest.
+    """
+
+    def __init__(
+        self,
+        context: ChannelContext,
+        nic: Block,
+        objects: Objects,
+        versions: tuple[int, ...],
+        max_mtu: int,
+        paused: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self.context = context
+        self._paused = paused
         self.version: int | None = None
         self.receive: HostGpadl | None = None
         self.send: HostGpadl | None = None
@@ -53,13 +68,18 @@ class Control:
             nvsp.SendNdisVersion: lambda message: None,
             nvsp.SendNdisConfig: self._on_config,
             nvsp.SendReceiveBuffer: self._on_receive_buffer,
-            nvsp.RevokeReceiveBuffer: lambda message: self.drop_receive_buffer(),
+            nvsp.RevokeReceiveBuffer: lambda message: self._revoke(self.drop_receive_buffer),
             nvsp.SendSendBuffer: self._on_send_buffer,
-            nvsp.RevokeSendBuffer: lambda message: self.drop_send_buffer(),
+            nvsp.RevokeSendBuffer: lambda message: self._revoke(self.drop_send_buffer),
             nvsp.SwitchDataPath: lambda message: None,
             nvsp.SubchannelRequest: lambda message: nvsp.SubchannelComplete(status=nvsp.STATUS_SUCCESS, count=0),
             nvsp.PdApiRequest: lambda message: nvsp.PdApiComplete(operation=message.operation, status=nvsp.STATUS_FAIL),
         }
+
+    @property
+    def full(self) -> bool:
+        """Do so many answers wait for room that nothing more is taken?"""
+        return len(self._outbox) > MAX_WAITING
 
     def work(self, budget: int) -> bool:
         """Take up to `budget` packets, one only once data may flow. True when answers wait for room. Raises ProtocolError.
@@ -68,7 +88,7 @@ class Control:
         """
         self.context.pair.outgoing.check()
         for _ in range(budget):
-            if not self.flush() and len(self._outbox) > MAX_WAITING:
+            if not self.flush() and self.full:
                 return True
             packet = self.context.pair.incoming.receive()
             if packet is None:
@@ -80,11 +100,20 @@ class Control:
 
     def flush(self) -> bool:
         """Send what waits. True when nothing waits any more."""
-        while self._outbox:
-            if not self._outbox[0]():
-                return False
-            self._outbox.pop(0)
-        return True
+        if not self._outbox:
+            return True
+        with self._exclusive():
+            while self._outbox and self._outbox[0]():
+                self._outbox.pop(0)
+        return not self._outbox
+
+    def _exclusive(self) -> AbstractContextManager[None]:
+        """The worker is parked, or has no business with this channel because no data may flow."""
+        return self._paused() if self.ready else nullcontext()
+
+    def _revoke(self, drop: Callable[[], None]) -> None:
+        with self._exclusive():
+            drop()
 
     def indicate(self, status: int) -> None:
         """Tell the guest of a change of the link."""
@@ -93,7 +122,8 @@ class Control:
 
     def _take(self, packet: Packet) -> None:
         if packet.packet_type == PACKET_COMPLETION:
-            give_back_one(self._nic.address, min(packet.transaction_id, MAX_TRANSACTION))
+            with self._exclusive():
+                give_back_one(self._nic.address, min(packet.transaction_id, MAX_TRANSACTION))
             return
         if packet.packet_type not in (PACKET_INBAND, PACKET_GPA_DIRECT):
             raise ProtocolError(f"netvsp: packet type {packet.packet_type}; in-band, GPA-direct and completions are understood")
@@ -161,7 +191,7 @@ class Control:
         return nvsp.SendSendBufferComplete(status=nvsp.STATUS_SUCCESS, section_size=section)
 
     def drop_receive_buffer(self) -> None:
-        """Use the receive buffer no more."""
+        """Use the receive buffer no more. With the worker parked."""
         self.ready = False
         self._nic["ready"] = 0
         self._nic["free_count"] = 0
@@ -169,13 +199,15 @@ class Control:
         self.receive = None
 
     def drop_send_buffer(self) -> None:
-        """Use the send buffer no more."""
+        """Use the send buffer no more. With the worker parked."""
         self._nic["send_sections"] = 0
         self.send = None
 
     def _on_rndis(self, packet: Packet, message: nvsp.SendRndisPacket) -> None:
+        if message.channel_type == nvsp.CHANNEL_DATA:
+            raise ProtocolError("netvsp: a data frame while RNDIS is not initialised")
         if message.channel_type != nvsp.CHANNEL_CONTROL:
-            raise ProtocolError("netvsp: a data frame before RNDIS was initialised")
+            raise ProtocolError(f"netvsp: channel type {message.channel_type:#x}, limit {nvsp.CHANNEL_CONTROL}")
         status = nvsp.STATUS_SUCCESS
         try:
             data = self._control_bytes(packet, message)
@@ -225,8 +257,9 @@ class Control:
                 self._objects.packet_filter = self._nic["filter"] = 0
                 self._send_rndis(rndis.encode_message(rndis.ResetComplete(addressing_reset=1)))
             case rndis.HaltRequest():
-                self.ready = False
-                self._nic["ready"] = 0
+                with self._exclusive():
+                    self.ready = False
+                    self._nic["ready"] = 0
                 self._objects.packet_filter = self._nic["filter"] = 0
             case rndis.PacketMessage():
                 raise ProtocolError("netvsp: a frame among control messages")
@@ -234,9 +267,9 @@ class Control:
     def _initialise(self, request: int) -> None:
         if self.receive is None or self.send is None:
             raise ProtocolError("netvsp: RNDIS was initialised before both buffers were shared")
-        self.ready = True
-        self._nic["ready"] = 1
         self._nic["max_messages"] = MAX_MESSAGES
+        self._nic["ready"] = 1
+        self.ready = True
         answer = rndis.InitializeComplete(
             request_id=request,
             status=oid.STATUS_SUCCESS,

@@ -1,6 +1,7 @@
 """The netvsp channel as a port of the switch: what the switch's worker calls.
 
-While `owner` is CONTROL the record belongs to the control plane, and the worker keeps its hands off it.
+While `owner` is CONTROL the ring from the guest is the control plane's, and the worker keeps its hands off it; frames to the guest
+go on being delivered.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from ...ring.primitives import (
     packet_type,
     ring_at,
 )
+from ...wire import nvsp
+from ...wire import ring as wire_ring
 from ..frames import FRAME_SIZE
 from .receive import MAX_RANGES, deliver, give_back, nic_at
 from .state import CONTROL, MAX_PENDING, MAX_TAKEN, NIC, STAGE_SLOTS, WORKER
 from .transmit import NO_SECTION, PAIR_SIZE, STATUS_FAIL, STATUS_SUCCESS, pair_at, section_address, take_messages, take_pages
 
-INBAND = 6
-GPA_DIRECT = 9
-COMPLETION = 11
-_SEND_RNDIS_PACKET = 107
-_SEND_RNDIS_COMPLETE = 108
-_COMPLETION_SIZE = 16 + 40 + 8
+INBAND = wire_ring.PACKET_INBAND
+GPA_DIRECT = wire_ring.PACKET_GPA_DIRECT
+COMPLETION = wire_ring.PACKET_COMPLETION
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_SEND_RNDIS_COMPLETE = nvsp.SEND_RNDIS_PACKET_COMPLETE
+_COMPLETION_SIZE = 16 + nvsp.MESSAGE_SIZE + wire_ring.FOOTER_SIZE
 """A completion carries a whole NVSP message of 40 bytes: Linux copies that many."""
 
 _OWNER_AT = NIC.fields["owner"][1]  # type: ignore[index]
@@ -49,7 +52,7 @@ def _is_workers(nic: int) -> bool:
 
 @inline
 def _hand_over(address: int, nic: Any) -> None:
-    """Give record and rings to the control plane, and call it."""
+    """Give the ring from the guest to the control plane, and call it."""
     store64_release(address + _OWNER_AT, CONTROL)
     eventfd_signal(nic.control_fd, nic.scratch)
 
@@ -132,7 +135,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         _hand_over(address, nic)
         return 0
     if nic.ready == 0:
-        if nic.waiting == 0 and in_ready(ring):
+        if nic.full == 0 and in_ready(ring):
             _hand_over(address, nic)
         return 0
     if nic.pending_count > 0:
@@ -173,7 +176,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
         in_skip(ring, header)
         taken += 1
     if foreign and taken == 0:
-        if nic.waiting == 0:
+        if nic.full == 0:
             _hand_over(address, nic)
     elif taken > 0 and count == 0:
         nic_finish(address)
@@ -184,7 +187,7 @@ def nic_poll(address: int, table: int, capacity: int) -> int:
 def nic_deliver(address: int, table: int, count: int) -> int:
     """Give `count` frames to the guest. How many it got (or filtered out); the rest found no room and is counted `no_buffer`."""
     nic = nic_at(address)
-    if not _is_workers(address) or nic.ready == 0 or nic.link == 0:
+    if nic.ready == 0 or nic.link == 0:
         return 0
     ring = ring_at(nic.outgoing)
     done = 0
@@ -213,11 +216,11 @@ def nic_arm(address: int, armed: int) -> int:
     in_mask(incoming, 0 if armed != 0 else 1)
     if armed == 0:
         return 0
-    work = nic.pending_count < MAX_PENDING and nic.waiting == 0 and in_ready(incoming)
+    work = nic.pending_count < MAX_PENDING and nic.full == 0 and in_ready(incoming)
     return 1 if work or incoming.broken != 0 or outgoing.broken != 0 else 0
 
 
 @kernel("void(i8)")
 def give_to_worker(address: int) -> None:
-    """The control plane is done with record and rings."""
+    """The control plane is done with the ring from the guest."""
     store64_release(address + _OWNER_AT, WORKER)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...dataplane.rndis import PPI_CHECKSUM, room_for, write_header
-from ...memory.access import copy, inline, load64, store64, viewer
+from ...dataplane.rndis import room_for, write_header
+from ...memory.access import copy, inline, load64, prefetch_to_write, store64, viewer
 from ...memory.kernel import step
 from ...ring.primitives import out_begin, out_end
+from ...wire import nvsp, oid
+from ...wire import ring as wire_ring
+from ...wire.frame import PPI_CHECKSUM, RxChecksum
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at, stamp
 from .state import NIC
 
@@ -16,23 +19,25 @@ nic_at = viewer(NIC)
 MAX_RANGES = 64
 """Frames announced in one packet."""
 
-RECEIVE_BUFFER_ID = 0xCAFE
+RECEIVE_BUFFER_ID = nvsp.RECEIVE_BUFFER_ID
 """The pageset that stands for the receive buffer (Linux: NETVSC_RECEIVE_BUFFER_ID)."""
 
-_XFER_PAGES = 7
-_WITH_COMPLETION = 1 << 48
-_SEND_RNDIS_PACKET = 107
-_NVSP_SIZE = 40
+_XFER_PAGES = wire_ring.PACKET_XFER_PAGES
+_WITH_COMPLETION = wire_ring.FLAG_COMPLETION_REQUESTED << 48
+_SEND_RNDIS_PACKET = nvsp.SEND_RNDIS_PACKET
+_NVSP_SIZE = nvsp.MESSAGE_SIZE
+_AHEAD = 8
+"""Frames between the one that is written and the one whose section is asked for."""
 
-FILTER_DIRECTED = 0x01
-FILTER_MULTICAST = 0x02
-FILTER_ALL_MULTICAST = 0x04
-FILTER_BROADCAST = 0x08
-FILTER_PROMISCUOUS = 0x20
+FILTER_DIRECTED = oid.PACKET_TYPE_DIRECTED
+FILTER_MULTICAST = oid.PACKET_TYPE_MULTICAST
+FILTER_ALL_MULTICAST = oid.PACKET_TYPE_ALL_MULTICAST
+FILTER_BROADCAST = oid.PACKET_TYPE_BROADCAST
+FILTER_PROMISCUOUS = oid.PACKET_TYPE_PROMISCUOUS
 
-_SUCCEEDED = 0b111000
+_SUCCEEDED = int(RxChecksum.of(tcp_succeeded=1, udp_succeeded=1, ip_succeeded=1))
 """Receive checksum information: TCP, UDP and IP checksum found good (NDIS_TCP_IP_CHECKSUM_PACKET_INFO)."""
-_L4_SUCCEEDED = 0b011000
+_L4_SUCCEEDED = int(RxChecksum.of(tcp_succeeded=1, udp_succeeded=1))
 
 
 @inline
@@ -99,6 +104,10 @@ def deliver(nic: Any, ring: Any, table: int, count: int) -> int:
             break
         nic.free_count -= 1
         section = load64(nic.free + nic.free_count * 8)
+        if nic.free_count >= _AHEAD:
+            later = nic.receive + load64(nic.free + (nic.free_count - _AHEAD) * 8) * nic.receive_section
+            prefetch_to_write(later)
+            prefetch_to_write(later + 64)
         total = _place(nic, section, source)
         store64(packet + 24 + 8 * ranges, total | (section * nic.receive_section) << 32)
         if ranges == 0:

@@ -21,9 +21,9 @@ CONTROL = 1
 
 NIC = np.dtype(
     [
-        ("owner", "i8"),  # WORKER or CONTROL: who may touch this record and its rings just now
+        ("owner", "i8"),  # WORKER or CONTROL: who may touch the ring from the guest just now
         ("ready", "i8"),  # 1 once both buffers are there and RNDIS is initialised: data may flow
-        ("waiting", "i8"),  # 1 while the control plane's answers wait for room: it takes nothing more
+        ("full", "i8"),  # 1 while so many of the control plane's answers wait for room that it takes nothing more
         ("link", "i8"),  # 1 while the virtual cable is plugged in
         ("incoming", "i8"),  # address of the guest-to-host RING
         ("outgoing", "i8"),  # address of the host-to-guest RING

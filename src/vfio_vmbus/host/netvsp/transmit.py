@@ -12,18 +12,20 @@ from ...dataplane.checksum import fill_ipv4, fill_l4
 from ...dataplane.rndis import BAD_LENGTH, parse, parsed_at
 from ...iommu.translation import READ, WRAPS, refuse, translate
 from ...memory.access import copy, inline, load32, load64, store16, viewer
+from ...wire import nvsp
+from ...wire.frame import TxChecksum
+from ...wire.gpa import PAGE_SIZE
 from ..frames import FRAME_SIZE, VALID_IP_CHECKSUM, VALID_L4_CHECKSUM, frame_at
 from .state import MAX_PAGES, PAIR, STAGE_SLOT, STAGE_SLOTS
 
-STATUS_SUCCESS = 1
-STATUS_FAIL = 2
+STATUS_SUCCESS = nvsp.STATUS_SUCCESS
+STATUS_FAIL = nvsp.STATUS_FAIL
 
-CHECKSUM_TCP = 1 << 2
-CHECKSUM_UDP = 1 << 3
-CHECKSUM_IP = 1 << 4
+CHECKSUM_TCP = TxChecksum.tcp_checksum.mask
+CHECKSUM_UDP = TxChecksum.udp_checksum.mask
+CHECKSUM_IP = TxChecksum.ip_header_checksum.mask
 
-NO_SECTION = 0xFFFFFFFF
-_PAGE = 4096
+NO_SECTION = nvsp.NO_SECTION
 
 pair_at = viewer(PAIR)
 PAIR_SIZE = PAIR.itemsize
@@ -115,14 +117,14 @@ def _resolve(nic: Any, list_at: int, list_size: int, ranges: int) -> int:
         offset = (head >> 32) & 0xFFFFFFFF
         at += 8
         total += left
-        if left == 0 or offset >= _PAGE or total > STAGE_SLOT:
+        if left == 0 or offset >= PAGE_SIZE or total > STAGE_SLOT:
             return -1
         while left > 0:
             if list_size - at < 8:
                 return -1
             pfn = load64(list_at + at)
             at += 8
-            step = min(left, _PAGE - offset)
+            step = min(left, PAGE_SIZE - offset)
             if pfn < 0 or pfn >= 1 << 50:
                 refuse(nic.domain, pfn, step, READ, WRAPS)
                 return -2

@@ -21,7 +21,7 @@ from ..vsp import ChannelContext
 from .control import Control
 from .dataplane import give_to_worker
 from .objects import Objects
-from .state import CONTROL, MAX_PAGES, MAX_PENDING, NIC, PAIR, STAGE_SLOT, STAGE_SLOTS, WORKER
+from .state import MAX_PAGES, MAX_PENDING, NIC, PAIR, STAGE_SLOT, STAGE_SLOTS, WORKER
 
 _BUDGET = 64
 _RETRY_SECONDS = 0.001
@@ -85,7 +85,7 @@ class Netvsp:
         self._nic = Block(NIC)
         control_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fill(context, control_fd)
-        self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu)
+        self._control = Control(context, self._nic, Objects(self), self._versions, self.mtu, self._switch.worker.paused)
         self._loop.add_reader(control_fd, context.guarded(self._handle))
         self.port = self._switch.add_nic(
             self._nic.address, context.doorbell, self.mac, self.name, allow_spoofing=self._allow_spoofing
@@ -130,7 +130,7 @@ class Netvsp:
             with self._switch.worker.paused():
                 self._nic["link"] = int(up)
             self._control.indicate(oid.STATUS_MEDIA_CONNECT if up else oid.STATUS_MEDIA_DISCONNECT)
-            self._reclaim()
+            self._retry_answers()
 
     def _fill(self, context: ChannelContext, control_fd: int) -> None:
         def table(dtype: object, count: int) -> int:
@@ -166,10 +166,12 @@ class Netvsp:
             os.eventfd_read(self._nic["control_fd"])
         except BlockingIOError:
             return
-        self._work(control, lambda: control.work(_BUDGET))
+        if self._work(control, lambda: control.work(_BUDGET)):
+            give_to_worker(self._nic.address)
+            self._switch.worker.wake()
 
-    def _work(self, control: Control, step: Callable[[], bool]) -> None:
-        """One step of the control plane, which owns the record; `step` says whether answers wait for room.
+    def _work(self, control: Control, step: Callable[[], bool]) -> bool:
+        """One step of the control plane; it says whether answers wait for room. False when the channel's use ended over it.
 
         What goes wrong on account of the guest ends its use of the channel, and nothing else.
         """
@@ -178,29 +180,23 @@ class Netvsp:
         except (PeerError, LocalError, OSError) as error:
             self.close()
             control.context.failed(error)
-            return
-        self._nic["waiting"] = int(later)
-        give_to_worker(self._nic.address)
-        self._switch.worker.wake()
+            return False
+        self._nic["full"] = int(control.full)
         if not later:
             self._delay = _RETRY_SECONDS
         elif self._retry is None and self._loop is not None:
-            self._retry = self._loop.call_later(self._delay, control.context.guarded(self._reclaim))
+            self._retry = self._loop.call_later(self._delay, control.context.guarded(self._retry_answers))
             self._delay = min(2 * self._delay, _LONGEST_RETRY_SECONDS)
+        return True
 
-    def _reclaim(self) -> None:
-        """Answers wait for room: take the channel back for a moment and try again."""
+    def _retry_answers(self) -> None:
+        """Answers wait for room: try again."""
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
         control = self._control
-        if control is None:
-            return
-        with self._switch.worker.paused():
-            if self._nic["owner"] == CONTROL:
-                return  # handed over just now: `_handle` is about to run
-            self._nic["owner"] = CONTROL
-        self._work(control, lambda: not control.flush())
+        if control is not None and self._work(control, lambda: not control.flush()):
+            self._switch.worker.wake()
 
 
 _COUNTERS = (

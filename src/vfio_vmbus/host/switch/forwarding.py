@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...dataplane.worker import BUSY, attention, control_at, scratch_of, sleep
 from ...memory.access import inline, load64, pause
 from ...memory.kernel import kernel, step
-from ...memory.libc import clock_ns
+from ...memory.libc import clock_ns, sys_yield
 from ..frames import ADDRESSES, FRAME_SIZE, frame_at
 from .capture import capture_take
 from .fdb import fdb_learn, fdb_lookup
@@ -200,6 +200,7 @@ def switch_run(address: int) -> None:
             continue
         pause()
         if empty % LOOKS == 0 and spin != BUSY:
+            sys_yield()  # who is to bring work may be waiting for this very core
             switch.now = clock_ns(scratch)
             since = since if empty > 0 else switch.now
             if switch.now - since >= spin:

@@ -66,8 +66,9 @@ def last_is_bad(attacker: Attacker) -> Outcome:
     good = marked_message(attacker.mac)
     bad = bytearray(good)
     bad[4:8] = struct.pack("<I", len(good) + 8)
-    for tail in (bytes(bad), good[:40], good[:4], b"\0" * 8, MARK):
-        attacker.say(good + tail)
+    for index, tail in enumerate((bytes(bad), good[:40], good[:4], b"\0" * 8, MARK)):
+        attacker.fill_section(index, good + tail)
+        attacker.in_section(index, len(good + tail))
     return attacker.outcome()
 
 

@@ -1,0 +1,141 @@
+"""What a vfio-user server shows: `ServedDevice`, and a PCI function as one.
+
+Methods raise UsageError, DmaError, or RefusedError whose status is an errno; descriptors that they are given stay the caller's.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import RefusedError, UsageError
+from ..iommu.domain import IOVA_LIMIT
+from ..wire.vfio import IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_BAR0
+from . import eventfd
+from .function import PciFunction, Window
+from .registers import REG_DOORBELLS
+
+DOORBELL_SIZE = 4
+
+
+@dataclass(frozen=True)
+class IoFd:
+    """Writes of `size` bytes at `offset` of a region may be replaced by ringing the eventfd `fd`, which stays the device's."""
+
+    offset: int
+    size: int
+    fd: int
+
+
+class ServedDevice(Protocol):
+    """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0."""
+
+    regions: int
+    irqs: int
+    max_maps: int
+
+    def region_size(self, region: int) -> int:
+        """Bytes of a region."""
+
+    def read(self, region: int, offset: int, size: int) -> bytes:
+        """Read a region."""
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """Write a region."""
+
+    def io_fds(self, region: int, most: int) -> list[IoFd]:
+        """The first `most` places of a region that have a descriptor."""
+
+    def irq_count(self, index: int) -> int:
+        """Vectors of a kind of interrupt."""
+
+    def lead_to(self, index: int, start: int, fds: list[int | None]) -> None:
+        """Let vectors from `start` on signal these eventfds (None: nobody), all of them or, if one cannot be, none."""
+
+    def fire(self, index: int, vector: int) -> None:
+        """Signal a vector, as the device would."""
+
+    def map(self, iova: int, size: int, access: int, fd: int | None, offset: int) -> None:
+        """Map a file, or (fd is None) memory that the client reads and writes for the device when asked."""
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Take back all maps within; a map is never split."""
+
+    def unmap_all(self) -> None:
+        """Take back all maps."""
+
+    def reset(self) -> None:
+        """Back to the state after power-on; maps and interrupts stay."""
+
+
+class FunctionDevice:
+    """A PciFunction as a served device."""
+
+    regions = PCI_REGIONS
+    irqs = PCI_IRQS
+
+    def __init__(self, function: PciFunction) -> None:
+        self.function = function
+        self.max_maps = function.domain.max_maps
+
+    def region_size(self, region: int) -> int:
+        window = self.function.windows.get(region)
+        return window.size if window else 0
+
+    def read(self, region: int, offset: int, size: int) -> bytes:
+        return self._window(region).read(offset, size)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        self._window(region).write(offset, data)
+
+    def io_fds(self, region: int, most: int) -> list[IoFd]:
+        if region != REGION_BAR0:
+            return []
+        numbers = range(min(most, self.function.channels))
+        return [IoFd(REG_DOORBELLS + DOORBELL_SIZE * n, DOORBELL_SIZE, self.function.doorbell(n)) for n in numbers]
+
+    def irq_count(self, index: int) -> int:
+        return len(self.function.vectors.fds) if index == IRQ_MSIX else 0
+
+    def lead_to(self, index: int, start: int, fds: list[int | None]) -> None:
+        for vector, fd in enumerate(fds, start):
+            self._check_vector(index, vector)
+            if fd is not None and not eventfd.is_eventfd(fd):
+                raise UsageError(f"the descriptor for vector {vector} is not an eventfd")
+        for vector, fd in enumerate(fds, start):
+            self.function.vectors.lead_to(vector, fd)
+
+    def fire(self, index: int, vector: int) -> None:
+        self._check_vector(index, vector)
+        eventfd.ring(self.function.vectors.fds[vector])
+
+    def map(self, iova: int, size: int, access: int, fd: int | None, offset: int) -> None:
+        domain = self.function.domain
+        if fd is None:
+            raise RefusedError(f"[{iova:#x}, {iova + size:#x}) has no file: rings and buffers cannot be there", errno.EOPNOTSUPP)
+        maps = domain.maps
+        if len(maps) >= domain.max_maps:
+            raise RefusedError(f"there are {len(maps)} maps, limit {domain.max_maps}", errno.ENOSPC)
+        if any(entry.iova < iova + size and iova < entry.end for entry in maps):
+            raise RefusedError(f"[{iova:#x}, {iova + size:#x}) overlaps another map", errno.EEXIST)
+        domain.map(iova, fd, offset, size, access)
+
+    def unmap(self, iova: int, size: int) -> None:
+        self.function.domain.unmap(iova, size)
+
+    def unmap_all(self) -> None:
+        self.function.domain.unmap(0, IOVA_LIMIT)
+
+    def reset(self) -> None:
+        self.function.reset()
+
+    def _window(self, region: int) -> Window:
+        window = self.function.windows.get(region)
+        if window is None:
+            raise UsageError(f"region {region} is empty")
+        return window
+
+    def _check_vector(self, index: int, vector: int) -> None:
+        if not 0 <= vector < self.irq_count(index):
+            raise UsageError(f"vector {vector} of interrupt index {index}: there are {self.irq_count(index)}")

@@ -1,0 +1,12 @@
+"""The process that the NIC's benches measure: every kind of traffic gets through it, and its end is clean."""
+
+from benchmarks.nic import Child
+
+
+def test_each_question_is_answered_with_frames_that_passed() -> None:
+    with Child("isolated") as child:
+        for what, size in (("tx", 64), ("gpa-direct", 1500), ("gpa-direct", 9000), ("rx", 64), ("python", 64)):
+            assert child.mpps(what, size, seconds=0.3) > 0, (what, size)
+        assert len(child.shares) == 5
+        assert all(0 <= share <= 1.1 for share in child.shares)
+    assert child._process.returncode == 0
