@@ -92,12 +92,10 @@ class VmbusConnection:
     def poll(self) -> None:
         """Take in what the host sent meanwhile (rescinds, new offers), without waiting.
 
-        Raises PeerError when it broke the protocol, RefusedError when it has stopped the connection.
+        Raises PeerError when it broke the protocol, RefusedError when it has stopped the connection, ClosedError when the device is gone.
         """
         self._take_messages()
-        if eventfd.take(self._interrupt):
-            self._check_alive()
-            self._take_messages()
+        self._check_alive()
 
     def next_vector(self) -> int:
         """An interrupt vector that no channel has. Raises UnavailableError when all are in use."""
