@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TypeVar
 
+from vfio_vmbus.errors import ClosedError
 from vfio_vmbus.iommu.dma import DmaBuffer, DmaSpace
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory.mapping import PAGE
@@ -83,7 +84,10 @@ class RawClient:
             self.post(Packet(packet_type=PACKET_INBAND, transaction_id=0, payload=data))
 
     def post(self, packet: Packet) -> None:
-        eventually(lambda: self.pair.outgoing.send_packet(packet), "room in the admin ring")
+        """Send any packet. Nobody takes it any more once the function has failed."""
+        eventually(
+            lambda: self.pair.outgoing.send_packet(packet) or self.status[0] != reg.STATUS_RUNNING, "room in the admin ring"
+        )
 
     def listen(self) -> list[wire.Message]:
         """What came, added to `heard`."""
@@ -144,7 +148,8 @@ class RawClient:
             stack.callback(os.close, self.interrupt)
             stack.callback(self.space.close)
             stack.callback(self.pair.close)
-            stack.callback(self.device.reset)
+            with suppress(ClosedError):
+                self.device.reset()
 
     def __enter__(self) -> RawClient:
         return self

@@ -8,6 +8,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -322,10 +323,13 @@ def test_rings_with_indices_that_cannot_be_do_not_open(client: RawClient, contro
             assert client.open(gpadl, 4) == 0
 
 
-def test_limits_of_gpadls(client: RawClient) -> None:
+def test_limits_of_gpadls(host: EmbeddedHost, client: RawClient) -> None:
+    channels = connection(host, client)._machine._channels
+    assert channels.limits.max_gpadls == 1024
+    channels.limits = replace(channels.limits, max_gpadls=4)
     with client.memory(1) as page:
-        statuses = [client.share(page.pfns).status for _ in range(1025)]
-        assert statuses == [0] * 1024 + [wire.STATUS_INSUFFICIENT_RESOURCES]
+        statuses = [client.share(page.pfns).status for _ in range(5)]
+        assert statuses == [0] * 4 + [wire.STATUS_INSUFFICIENT_RESOURCES]
         client.unshare(1)
         assert client.share(page.pfns).status == 0
 
@@ -427,6 +431,20 @@ def test_a_reset_or_the_end_in_the_middle(host: EmbeddedHost, client: RawClient,
         usable_again(client)
 
 
+@pytest.mark.parametrize("how", ["unload", "reset"])
+def test_what_a_client_was_done_with_is_offered_to_its_next_connection(client: RawClient, how: str) -> None:
+    client.say(wire.RelidReleased(child_relid=1))
+    with client.memory(1) as page:
+        assert client.share(page.pfns).status == wire.STATUS_UNSUCCESSFUL
+    if how == "unload":
+        client.say(wire.Unload())
+        client.hear(wire.UnloadResponse)
+        client.connect()
+        client.ping()
+    else:
+        usable_again(client)
+
+
 @pytest.mark.parametrize("what", ["rings", "gpadl", "admin ring"])
 def test_unmapping_what_is_in_use_ends_the_connection_first(host: EmbeddedHost, client: RawClient, what: str) -> None:
     rings, more = client.memory(8), client.memory(2)
@@ -500,11 +518,11 @@ def test_a_client_that_reads_no_answers_holds_up_nobody_but_itself(
 
 
 def test_a_reset_while_answers_wait(host: EmbeddedHost, client: RawClient) -> None:
-    said = threading.Thread(target=lambda: client.say(*[wire.OpenChannel(child_relid=9)] * 250))
-    said.start()
+    fill(client)
+    client.say(*[wire.ModifyChannel(child_relid=9, target_vp=0)] * 8)
     eventually(lambda: len(connection(host, client)._outbox) > 0, "answers wait")
-    said.join()
     usable_again(client)
+    assert len(connection(host, client)._outbox) == 0
 
 
 def test_a_doorbell_that_its_client_steals_and_makes_blocking_stops_nobody(client: RawClient, witness: RawClient) -> None:
@@ -572,7 +590,7 @@ messages = st.one_of(
 shares = st.tuples(RELIDS, HANDLES, st.sampled_from(["mine", "mine", "mine", "foreign", "half"]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.one_of(messages, shares, shares, st.sampled_from(["unmap", "link", "pause"])), max_size=25))
 def test_whatever_is_said_the_host_lives_and_a_reset_makes_it_well(
     host: EmbeddedHost, client: RawClient, witness: RawClient, steps: list[object]

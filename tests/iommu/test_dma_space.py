@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfio_vmbus.errors import ClosedError, DmaError, UsageError
+from vfio_vmbus.errors import ClosedError, DmaError, UsageError, WaitTimeout
 from vfio_vmbus.iommu.dma import FIRST_IOVA, LAST_IOVA, DmaSpace
 from vfio_vmbus.iommu.domain import Domain
 from vfio_vmbus.iommu.translation import READ, WRITE
@@ -32,7 +32,7 @@ class Refusing:
 
     def unmap(self, iova: int, size: int) -> None:
         if iova in self.refuse_unmaps:
-            raise ClosedError("gone")
+            raise WaitTimeout("the worker", 5)
         self.domain.unmap(iova, size)
 
 
@@ -113,7 +113,7 @@ def test_iovas_that_were_not_given_back_stay_taken(device: Refusing) -> None:
     space = DmaSpace(device)
     stuck = space.buffer(PAGE, READ)
     device.refuse_unmaps.add(stuck.iova)
-    with pytest.raises(ClosedError):
+    with pytest.raises(WaitTimeout):
         stuck.close()
     assert space.buffer(PAGE, READ).iova != stuck.iova
     space.close()
@@ -124,7 +124,21 @@ def test_closing_goes_on_behind_a_buffer_that_raises(device: Refusing) -> None:
     space = DmaSpace(device)
     buffers = [space.buffer(PAGE, READ) for _ in range(5)]
     device.refuse_unmaps = {buffers[0].iova, buffers[3].iova}
-    with pytest.raises(ClosedError):
+    with pytest.raises(WaitTimeout):
         space.close()
     assert [entry.iova for entry in device.domain.maps] == [buffers[0].iova, buffers[3].iova]
     assert all(buffer.mapping.closed and buffer.memory.fd < 0 for buffer in buffers)
+
+
+def test_a_device_that_is_closed_has_given_back_everything() -> None:
+    class Closed(Refusing):
+        def unmap(self, iova: int, size: int) -> None:
+            raise ClosedError("the device is closed")
+
+    with nothing_left():
+        device = Closed()
+        buffer = DmaSpace(device).buffer(PAGE, READ)
+        device.domain.close()
+        buffer.close()
+        assert buffer.mapping.closed
+        del device, buffer, Closed

@@ -73,16 +73,15 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         limits = HostLimits(max_offers=function.channels - 1, target_vps=len(function.vectors.fds))
         self._machine = HostConnection(limits)
+        self._devices = list(devices)
+        """What is offered whenever the client connects."""
         self._vsps: dict[int, Vsp] = {}
         self._open_channels: dict[int, _OpenChannel] = {}
         self._gpadls: dict[int, _Gpadl] = {}
         self._admin: RingPair | None = None
         self._outbox: deque[bytes] = deque()
         self._retry: asyncio.TimerHandle | None = None
-        for vsp in devices:
-            relid, actions = self._machine.offer(vsp.offer)
-            self._vsps[relid] = vsp
-            self._carry_out(actions)
+        self._offer()
         self._doorbell = function.doorbell(0)
         function.backend = self
         self._loop.add_reader(self._doorbell, self._kick)
@@ -93,7 +92,7 @@ class Connection:
 
     def has(self, vsp: Vsp) -> bool:
         """Is the client offered this device, or has not yet let go of it?"""
-        return any(mine is vsp for mine in self._vsps.values())
+        return any(mine is vsp for mine in (*self._devices, *self._vsps.values()))
 
     def start(self, pieces: list[Piece], downstream: int) -> None:
         """The client's admin ring is at `pieces`. Raises RingError for indices that cannot be."""
@@ -121,10 +120,11 @@ class Connection:
 
     def rescind(self, vsp: Vsp) -> None:
         """Take a device away from the client. Raises UsageError when it has none such, or loses it already."""
-        relid = next((relid for relid, mine in self._vsps.items() if mine is vsp), None)
-        if relid is None:
-            raise UsageError(f"{self.function.name} was not offered this device")
-        self._carry_out(self._machine.rescind(relid))
+        if not any(mine is vsp for mine in self._devices):
+            raise UsageError(f"{self.function.name} was not offered this device, or it was taken away already")
+        self._devices = [mine for mine in self._devices if mine is not vsp]
+        for relid in [relid for relid, mine in self._vsps.items() if mine is vsp]:
+            self._carry_out(self._machine.rescind(relid))
         self._kick()
 
     def close(self) -> None:
@@ -133,8 +133,16 @@ class Connection:
             return
         self._loop.remove_reader(self._doorbell)
         self.stop()
+        self._devices = []
         self._carry_out(self._machine.close())
         self.function.backend = None
+
+    def _offer(self) -> None:
+        """Have everything ready for the client's next connection, also what it said it was done with in this one."""
+        for vsp in self._devices:
+            if not any(mine is vsp for mine in self._vsps.values()):
+                relid, _ = self._machine.offer(vsp.offer)
+                self._vsps[relid] = vsp
 
     def _guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
         """For callbacks of the loop: what one raises ends this client's connection. A defect of ours is logged as such."""
@@ -224,7 +232,7 @@ class Connection:
             case act.Refused(reason=reason):
                 self._note(ProtocolError(reason))
             case act.Disconnected():
-                pass
+                self._offer()
         return []
 
     def _create_gpadl(self, handle: int, relid: int, ranges: tuple[PageRange, ...]) -> int:

@@ -18,6 +18,7 @@ from ..errors import ClosedError, UsageError, WaitTimeout
 from ..vfio.config import Identity
 from ..vfio.function import PciFunction
 from ..vfio.inprocess import InProcessDevice
+from ..vfio.registers import ERROR_GONE
 from ..wire.vmbus import ChannelOffer
 from .connection import Connection
 from .netvsp.vsp import Netvsp
@@ -143,6 +144,8 @@ class EmbeddedHost:
         return self.nics[name]
 
     def _attach(self, devices: tuple[Vsp, ...], name: str | None) -> InProcessDevice:
+        if len(set(devices)) < len(devices):
+            raise UsageError("a device is attached to a function once")
         for device in devices:
             if device in self._used:
                 raise UsageError("this device has a client already: detach it there first")
@@ -185,6 +188,7 @@ class EmbeddedHost:
                 stack.callback(nic.close)
             for function in self._connections:
                 stack.callback(self._release, function)
+                stack.callback(function.fail, ERROR_GONE)  # wakes a client that waits for an answer
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:

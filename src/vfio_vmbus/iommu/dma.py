@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Protocol
 
-from ..errors import DmaError
+from ..errors import ClosedError, DmaError
 from ..memory.mapping import PAGE, Mapping
 from ..memory.shared import SharedMemory
 
@@ -26,7 +26,8 @@ class Mapper(Protocol):
 class DmaBuffer:
     """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it.
 
-    Made by `DmaSpace.buffer`. If the device does not give the memory back (`close` raises), its IOVAs stay taken.
+    Made by `DmaSpace.buffer`. If the device does not give the memory back, `close` raises, and the IOVAs stay taken. (A device that
+    is closed has given back everything.)
     """
 
     def __init__(self, space: DmaSpace, iova: int, size: int, access: int, name: str) -> None:
@@ -53,7 +54,8 @@ class DmaBuffer:
         self._resources.close()
 
     def _unmap(self) -> None:
-        self._space.mapper.unmap(self.iova, self.size)
+        with suppress(ClosedError):
+            self._space.mapper.unmap(self.iova, self.size)
         self._space.forget(self)
 
     def __enter__(self) -> DmaBuffer:

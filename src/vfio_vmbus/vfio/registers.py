@@ -54,6 +54,7 @@ ERROR_ADMIN_SIZE = 1
 ERROR_ADMIN_MEMORY = 2
 ERROR_PROTOCOL = 3
 ERROR_RUNNING = 4
+ERROR_GONE = 5
 
 ERRORS = {
     ERROR_NONE: "none",
@@ -61,4 +62,5 @@ ERRORS = {
     ERROR_ADMIN_MEMORY: "the admin ring's memory is not page aligned, not mapped for reading and writing, or was unmapped",
     ERROR_PROTOCOL: "a message or the ring itself broke the protocol",
     ERROR_RUNNING: "the admin ring was started while it was running",
+    ERROR_GONE: "the host ends",
 }

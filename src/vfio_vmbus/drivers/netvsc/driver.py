@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ...channel.device import READ, WRITE, DmaBuffer, SharedBuffer, VmbusDevice
-from ...errors import ProtocolError, RefusedError, UsageError
+from ...errors import ClosedError, PeerError, ProtocolError, RefusedError, UsageError
 from ...wire import ndis, nvsp, oid, rndis
 from ...wire.guids import CLASS_NETWORK
 from ...wire.ring import PACKET_INBAND, Packet
@@ -166,7 +166,7 @@ class Netvsc:
         if self._closed:
             return
         self._closed = True
-        if not self._channel.outgoing.mapping.closed:  # else the device was closed first, and its memory is gone
+        if not self._is_gone():  # else there is nobody to say good-bye to
             self._rpc.leave(
                 [
                     lambda: self.set_filter(0),
@@ -185,6 +185,13 @@ class Netvsc:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _is_gone(self) -> bool:
+        """Was the device closed first, taken away by its host, or has the host failed?"""
+        try:
+            return self._channel.outgoing.mapping.closed or self.device.rescinded
+        except (PeerError, ClosedError):
+            return True
 
     def _agree(self, max_version: int) -> int:
         """NVSP Init, newest version first, as Linux: one version a question."""
