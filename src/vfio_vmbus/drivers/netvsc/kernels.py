@@ -36,10 +36,13 @@ def release(queue: int) -> int:
 
 @kernel("i8(i8, i8)")
 def arm(queue: int, armed: int) -> int:
-    """Let the host signal (armed 1) and look once more: 1 if there is something. Or tell it not to (0)."""
-    ring = ring_at(queue_at(queue).incoming)
+    """Let the host signal (armed 1) and look once more: 1 if there is something, be it that a ring is broken. Or tell it not to (0)."""
+    state = queue_at(queue)
+    ring = ring_at(state.incoming)
     in_mask(ring, 1 - armed)
-    return 1 if armed != 0 and in_ready(ring) else 0
+    if armed == 0:
+        return 0
+    return 1 if in_ready(ring) or ring.broken != 0 or ring_at(state.outgoing).broken != 0 else 0
 
 
 @kernel("void(i8)")

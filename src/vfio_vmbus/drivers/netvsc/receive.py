@@ -151,7 +151,6 @@ def _take(queue: Any, table: int, capacity: int) -> int:
     while queue.attention == 0 and queue.done_count < DONE_SLOTS and in_ready(ring):
         header = in_header(ring)
         if header < 0:
-            queue.attention = 1
             break
         packet = ring.data + ring.index
         offset = packet_offset(header)
@@ -177,6 +176,8 @@ def _take(queue: Any, table: int, capacity: int) -> int:
             break
         in_skip(ring, header)
     in_commit(ring)
+    if ring.broken != 0:
+        queue.attention = 1
     return count
 
 
