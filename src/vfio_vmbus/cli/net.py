@@ -89,7 +89,7 @@ def tap(
         with TapBridge(bench.nic, interface, poll=poll) as bridge:
             elapsed = _wait(stop, seconds, lambda: sum(_frames(bridge.counters())), shown, "passed")
             bridge.check()
-            result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
+        result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
         _report(bench, result, as_json, f"TAP {name}")
 
 
@@ -117,7 +117,7 @@ def fwd(
 
         with Forwarder(bench.nic, poll=poll) as forwarder:
             elapsed = _wait(stop, seconds, lambda: forwarder.counters().sent, shown, "sent back")
-            counters = forwarder.counters()
+        counters = forwarder.counters()  # of a loop that has ended: read while it runs, they need not agree with each other
         result = {**asdict(counters), "seconds": round(elapsed, 2), "mpps": round(counters.sent / elapsed / 1e6, 3)}
         _report(bench, result, as_json, "Forwarded")
 
