@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reaso
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kernels_pass_the_same_tests_interpreted(folder: str) -> None:
-    command = [sys.executable, "-m", "pytest", folder, "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", folder, "-x", "--show-capture=no", "-p", "no:cacheprovider"]
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"interpreted:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
