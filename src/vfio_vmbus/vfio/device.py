@@ -10,12 +10,21 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 
+from ..errors import UsageError
+from ..memory.mapping import Mapping
+
 BAR0_REGION = 0
 CONFIG_REGION = 7
 MSIX_IRQ = 2
 
 REGION_READ = 1
 REGION_WRITE = 2
+REGION_MMAP = 4
+
+IRQ_EVENTFD = 1
+IRQ_MASKABLE = 2
+IRQ_AUTOMASKED = 4
+IRQ_NORESIZE = 8
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,15 @@ class DeviceInfo:
 
 
 class Region(ABC):
-    """`size` bytes of a device's registers or memory. `flags`: REGION_READ, REGION_WRITE."""
+    """`size` bytes of a device's registers or memory. `flags`: REGION_READ, REGION_WRITE, REGION_MMAP.
+
+    areas: (offset, size) of the parts that `map` takes, in bytes.
+    """
 
     index: int
     size: int
     flags: int
+    areas: tuple[tuple[int, int], ...] = ()
 
     @abstractmethod
     def read(self, offset: int, size: int) -> bytes:
@@ -48,6 +61,10 @@ class Region(ABC):
     def doorbell(self, offset: int) -> int:
         """An eventfd that stands for a write to the 32-bit register at `offset` (ioeventfd). It stays the device's: do not close it."""
 
+    def map(self, offset: int, size: int) -> Mapping:
+        """Map whole pages of one of `areas` into this process; the caller closes it. Raises UsageError outside of them."""
+        raise UsageError(f"{size:#x} bytes at {offset:#x} of region {self.index} cannot be mapped")
+
     def read32(self, offset: int) -> int:
         return int.from_bytes(self.read(offset, 4), "little")
 
@@ -59,10 +76,11 @@ class Region(ABC):
 
 
 class Irq(ABC):
-    """`count` vectors of one kind of interrupt."""
+    """`count` vectors of one kind of interrupt. `flags`: IRQ_EVENTFD, IRQ_MASKABLE, ..."""
 
     index: int
     count: int
+    flags: int = IRQ_EVENTFD
 
     @abstractmethod
     def enable(self, vector: int, eventfd: int) -> None:
@@ -71,6 +89,14 @@ class Irq(ABC):
     @abstractmethod
     def disable(self, vector: int) -> None:
         """Signal nobody."""
+
+    def mask(self, vector: int) -> None:
+        """Hold interrupts of `vector` back. Raises UsageError unless IRQ_MASKABLE is among `flags`."""
+        raise UsageError(f"vector {vector} of interrupt index {self.index} cannot be masked")
+
+    def unmask(self, vector: int) -> None:
+        """Let them come again, at once where one was held back. Raises as `mask`."""
+        raise UsageError(f"vector {vector} of interrupt index {self.index} cannot be masked")
 
 
 class Dma(ABC):

@@ -111,9 +111,24 @@ class Commands:
         return wire.DeviceInfo(flags=flags, region_count=self.device.regions, irq_count=self.device.irqs).pack(), ()
 
     def _get_region_info(self, request: Request) -> Reply:
-        size = self._region_size(request.value.index)
+        """A region that can be mapped says where (one descriptor, sparse areas). With an argsz that is too small for that, only what
+        argsz is needed."""
+        value: vfio.RegionInfo = request.value
+        size = self._region_size(value.index)
         flags = vfio.REGION_READ | vfio.REGION_WRITE if size else 0
-        return vfio.RegionInfo(flags=flags, index=request.value.index, size=size).pack(), ()
+        shown = self.device.region_map(value.index)
+        if shown is None:
+            return vfio.RegionInfo(flags=flags, index=value.index, size=size).pack(), ()
+        flags |= vfio.REGION_MMAP
+        areas = tuple(vfio.SparseArea(offset=offset, size=length) for offset, length in shown.areas)
+        sparse = vfio.SparseMmap(area_count=len(areas), areas=areas).pack()
+        need = value.SIZE + len(sparse)
+        if value.argsz < need:
+            return vfio.RegionInfo(argsz=need, flags=flags, index=value.index, size=size, offset=shown.base).pack(), ()
+        head = vfio.RegionInfo(
+            argsz=need, flags=flags | vfio.REGION_CAPS, index=value.index, cap_offset=value.SIZE, size=size, offset=shown.base
+        )
+        return head.pack() + sparse, (shown.fd,)
 
     def _get_region_io_fds(self, request: Request) -> Reply:
         """With an argsz that is too small, only what argsz is needed, as DEVICE_GET_REGION_INFO does."""

@@ -28,6 +28,15 @@ class IoFd:
     fd: int
 
 
+@dataclass(frozen=True)
+class ServedMap:
+    """Clients may map these areas, (offset, size) in bytes, of a region: `fd`, the device's, from `base` on is the region's first byte."""
+
+    fd: int
+    base: int
+    areas: tuple[tuple[int, int], ...]
+
+
 class ServedDevice(Protocol):
     """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0."""
 
@@ -37,6 +46,9 @@ class ServedDevice(Protocol):
 
     def region_size(self, region: int) -> int:
         """Bytes of a region."""
+
+    def region_map(self, region: int) -> ServedMap | None:
+        """How clients may map a region, if they may."""
 
     def read(self, region: int, offset: int, size: int) -> bytes:
         """Read a region."""
@@ -82,6 +94,9 @@ class FunctionDevice:
     def region_size(self, region: int) -> int:
         window = self.function.windows.get(region)
         return window.size if window else 0
+
+    def region_map(self, region: int) -> ServedMap | None:
+        return None
 
     def read(self, region: int, offset: int, size: int) -> bytes:
         return self._window(region).read(offset, size)
