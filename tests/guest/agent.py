@@ -2,7 +2,7 @@
 
 A payload is a function in a Python file, called as `function(report, **arguments)`; `report(value)` sends a value to the
 test while it runs, what it returns is its result; both become JSON. Its prints go to the console. Lines on the port are JSON objects:
-in {"id", "file", "function", "arguments", "timeout"} or {"id", "stop"}, out {"id", "report" | "result" | "error"}.
+in {"id", "file", "function", "arguments", "timeout"} or {"id", "stop"}, out {"id", "report" | "result" | "error"}; id 0 is the agent's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def _run(order: dict[str, Any], pipe: int) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, order["function"])
-        say(result=function(lambda value: say(report=value), **order["arguments"]))
+        before = _kernels()
+        result = function(lambda value: say(report=value), **order["arguments"])
+        if compiled := _kernels() - before:
+            print(f"agent: compiled in the guest: {sorted(compiled)}", flush=True)
+        say(result=result, compiled=len(compiled))
         code = 0
     except BaseException:  # the process is the payload's: whatever ends it is told to the test
         say(error=traceback.format_exc())
@@ -65,6 +69,11 @@ def _run(order: dict[str, Any], pipe: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _kernels() -> set[str]:
+    """The compiled kernels in the cache."""
+    return {path.name for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.nbc")}
 
 
 class Agent:
@@ -75,9 +84,10 @@ class Agent:
         self._selector = selectors.DefaultSelector()
         self._selector.register(port, selectors.EVENT_READ)
 
-    def serve(self) -> None:
+    def serve(self, compiled: int) -> None:
         """Until the other side of the port is gone."""
-        self._say({"id": 0, "report": f"Linux {os.uname().release}, Python {sys.version.split()[0]}, up {time.monotonic():.1f} s"})
+        hello = f"Linux {os.uname().release}, Python {sys.version.split()[0]}, up {time.monotonic():.1f} s"
+        self._say({"id": 0, "report": hello, "compiled": compiled})
         while True:
             for key, _ in self._selector.select(0.5):
                 if key.fileobj == self._port:
@@ -134,10 +144,13 @@ def main(kernels: str, *preload: str) -> None:
     """kernels: the folder of kernels compiled for this guest; it is copied, as a cache has to be writable. preload: modules
     that most payloads import, which are imported once."""
     shutil.copytree(kernels, os.environ["XDG_CACHE_HOME"])
+    before = _kernels()
     for name in preload:
         importlib.import_module(name)
+    compiled = len(_kernels() - before)
+    print(f"agent: {len(before)} kernels came along, {compiled} were compiled at the start", flush=True)
     port = next(Path("/sys/class/virtio-ports").glob("vport*")).name
-    Agent(os.open(f"/dev/{port}", os.O_RDWR | os.O_CLOEXEC)).serve()
+    Agent(os.open(f"/dev/{port}", os.O_RDWR | os.O_CLOEXEC)).serve(compiled)
 
 
 if __name__ == "__main__":

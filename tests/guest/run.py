@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 import sys
@@ -16,14 +15,13 @@ from typing import Any, Self
 
 from . import agent
 from .image import SHARE, initramfs
+from .kernels import CPU
 from .packages import Tools
 from .process import PATIENCE, Program, RigError, tail
 from .qmp import Qmp
 
 PROJECT = Path(__file__).resolve().parents[2]
 BOOT_SECONDS = 180.0
-CPU = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-"""Kernels of the guest are compiled outside, for any x86-64 CPU, as software emulation is slow at compiling (see kernels.py)."""
 PRELOAD = ("vfio_vmbus.channel.offered", "vfio_vmbus.drivers.netvsc.driver")
 
 EDU_ADDRESS = "0000:00:05.0"
@@ -49,6 +47,8 @@ class Payload:
         self._number = number
         self._name = name
         self._said: list[dict[str, Any]] = []
+        self.compiled = 0
+        """Kernels that had to be compiled in the guest; known with the result."""
 
     def report(self, timeout: float = PATIENCE) -> Any:
         """The next value that it reports. Raises as `result`, also when it ends instead."""
@@ -64,6 +64,7 @@ class Payload:
             if "error" in message:
                 raise RigError(f"{self._name} failed in the guest:\n{message['error']}\n{self._guest.console(20)}")
             if "result" in message:
+                self.compiled = message["compiled"]
                 return message["result"]
 
     def stop(self) -> None:
@@ -81,10 +82,14 @@ class Guest:
     devices: QEMU's options for what is to be driven; there is a virtual Intel IOMMU before all of them.
     """
 
-    def __init__(self, tools: Tools, folder: Path, kernels: Path, devices: Sequence[str] = (), *, memory: str = "1G", cpus: int = 1) -> None:
+    def __init__(
+        self, tools: Tools, folder: Path, kernels: Path, devices: Sequence[str] = (), *, memory: str = "1G", cpus: int = 1
+    ) -> None:
         self.qemu: Program
         self.qmp: Qmp
         self.hello = ""
+        self.compiled_at_start = -1
+        """Kernels of PRELOAD that had to be compiled in the guest."""
         self._tools = tools
         self._folder = folder
         self._kernels = kernels
@@ -176,6 +181,7 @@ class Guest:
         said: list[dict[str, Any]] = []
         self.receive(0, said, "the guest's boot", BOOT_SECONDS)
         self.hello = said[0]["report"]
+        self.compiled_at_start = said[0]["compiled"]
 
     def _command(self) -> list[str]:
         words = "console=ttyS0 quiet panic=-1 intel_iommu=on tsc=reliable"
@@ -201,8 +207,3 @@ def connected(path: Path) -> Qmp | None:
         return Qmp(path)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
-
-
-def environment() -> dict[str, str]:
-    """What Python needs to compile for the guest, outside of it."""
-    return {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **CPU}
