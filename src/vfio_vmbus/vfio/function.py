@@ -62,7 +62,6 @@ class Vectors:
         if client is not None:
             if not eventfd.is_eventfd(client):
                 raise UsageError(f"descriptor {client} is not an eventfd")
-            os.set_blocking(client, False)  # a counter that nobody reads must not stop the data plane
         os.dup2(self._nobody if client is None else client, self.fds[vector], inheritable=False)
 
     def reset(self) -> None:
