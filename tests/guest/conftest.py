@@ -25,6 +25,13 @@ def programs() -> Tools:
         pytest.skip(f"QEMU and a guest's kernel cannot be had: {error}")
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for logs and sockets, whose names must be short."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def guest(programs: Tools) -> Iterator[Guest]:
     """A guest that has booted, with QEMU's edu device at EDU_ADDRESS."""
