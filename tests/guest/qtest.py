@@ -1,4 +1,7 @@
-"""QEMU without a guest: its qtest accelerator, by which a test reads and writes as the guest's CPU would (docs/devel/testing/qtest.rst of QEMU)."""
+"""QEMU without a guest: its qtest accelerator, by which a test reads and writes as the guest's CPU would.
+
+The protocol: docs/devel/testing/qtest.rst of QEMU.
+"""
 
 from __future__ import annotations
 
@@ -106,4 +109,3 @@ class QtestMachine:
         """`device_del`, and what the firmware does when a guest agrees."""
         self.qmp.command("device_del", id=name)
         self.command(f"outl {EJECT:#x} {1 << slot:#x}")
-        self.qmp.event(lambda event: event["event"] == "DEVICE_DELETED" and event["data"].get("device") == name)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -48,6 +48,11 @@ def wake(machine: QtestMachine) -> None:
     machine.set_config(SLOT, 0x10, BAR0)
     machine.set_config(SLOT, 0x18, BAR2)
     machine.set_config(SLOT, 0x04, 0x6)
+
+
+def plug(server: Server) -> dict[str, Any]:
+    """`device_add`'s arguments for the served device."""
+    return {"driver": "vfio-user-pci", "id": "vu0", "addr": f"{SLOT}.0", "socket": {"path": str(server.path), "type": "unix"}}
 
 
 def within(what: str, attempt: Callable[[], T]) -> T:
@@ -120,7 +125,7 @@ def test_a_message_goes_there_and_back_with_an_interrupt(machine: QtestMachine) 
     machine.write32(BAR2 + 12, 0)
     machine.set_config(SLOT, msix, machine.config(SLOT, msix) | 1 << 31)
     assert start_admin_ring(machine) == 1
-    contact = vmbus.InitiateContact(version=0x50003).pack()
+    contact = vmbus.InitiateContact(version_requested=0x50003).pack()
     body = bytes([6, 0, 2, 0, (16 + len(contact) + 7) // 8, 0, 0, 0]) + bytes(8) + contact
     body += bytes(-len(body) % 8)
     packet = body + bytes(8)
@@ -163,18 +168,26 @@ def test_a_reset_of_the_machine_resets_the_function(machine: QtestMachine, serve
     assert start_admin_ring(machine) == 1
 
 
-def test_a_device_has_one_client_and_is_free_when_it_is_unplugged(machine: QtestMachine, server: Server) -> None:
+def test_a_device_has_one_client(machine: QtestMachine, server: Server) -> None:
     wake(machine)
     assert start_admin_ring(machine) == 1
-    again = {"driver": "vfio-user-pci", "id": "vu1", "addr": "5.0", "socket": {"path": str(server.path), "type": "unix"}}
     with pytest.raises(QmpError):
-        machine.qmp.command("device_add", **again)
+        machine.qmp.command("device_add", **{**plug(server), "id": "vu1", "addr": "5.0"})
     assert machine.read32(BAR0 + STATUS) == 1
-    machine.unplug("vu0", SLOT)
-    server.event("detached")
-    machine.qmp.command("device_add", **again)
-    server.event("attached")
-    assert machine.config(5, 0) == 0x42561414
+
+
+def test_a_device_is_plugged_and_unplugged_and_free_for_the_next(programs: Tools, short_folder: Path, server: Server) -> None:
+    """QEMU 11.1 itself aborts when a vfio-user device with MSI-X has been unplugged (vfio_user_pci_finalize takes a memory region
+    apart that is gone): to the server it is a client that goes in either case."""
+    for _ in range(2):
+        with QtestMachine(programs, short_folder) as machine:
+            machine.qmp.command("device_add", **plug(server))
+            server.event("attached")
+            wake(machine)
+            assert start_admin_ring(machine) == 1
+            machine.unplug("vu0", SLOT)
+            server.event("detached")
+            assert server.status() == {}
 
 
 def test_a_killed_qemu_leaves_the_device_free_for_the_next(programs: Tools, short_folder: Path, server: Server) -> None:
