@@ -80,7 +80,7 @@ def test_registers_are_mapped_and_bus_master_is_obeyed(machine: Guest) -> None:
     found = machine.run(EDU, "mapped", address=EDU_ADDRESS)
     assert found["areas"] == [[0, 1 << 20]]
     assert found["ids"] == "3412e811"
-    assert found["command"] == 6  # memory and bus master; there is no I/O to decode
+    assert found["command"] & 6 == 6  # memory and bus master
     assert found["inverted"] == found["read"] == 0xF0F0F0F0
     assert found["wide"] == 0x12345678
     assert found["without bus master"] == "as it was"
@@ -97,6 +97,8 @@ def test_what_the_kernel_refuses_is_explained(machine: Guest) -> None:
         "no driver": "UnavailableError: the kernel has no PCI driver no_such_driver loaded: modprobe no_such_driver",
         "another driver": "UnavailableError: ",
         "twice": "UnavailableError: IOMMU group ",
+        "unbind in use": "UnavailableError: 0000:00:05.0 is in use",
+        "bind in use": "UnavailableError: 0000:00:05.0 is in use",
         "no cdev": "UnavailableError: iommufd, /dev/iommu: No such file or directory; this kernel has none",
         "reset": "UnavailableError: 0000:00:05.0 has no reset of its own",
         "reserved": "DmaError: [0xfee00000, 0xfee01000) is outside of what the IOMMU translates: [0x0, 0x",

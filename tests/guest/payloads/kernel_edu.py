@@ -180,8 +180,10 @@ def refusals(report: Report, address: str) -> dict[str, str]:
 
     def attempt(name: str, call: Callable[[], Any]) -> None:
         try:
-            call()
+            made = call()
             found[name] = ""
+            if isinstance(made, Device):
+                made.close()
         except (UnavailableError, DmaError, UsageError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
@@ -194,6 +196,8 @@ def refusals(report: Report, address: str) -> dict[str, str]:
     with bound(address):
         with KernelDevice(address):
             attempt("twice", lambda: KernelDevice(address))
+            attempt("unbind in use", lambda: binding.unbind(address, state=STATE))
+            attempt("bind in use", lambda: binding.bind(address, "pcieport", state=STATE))
         attempt("no cdev", lambda: KernelDevice(address, iommufd=True))
         with KernelDevice(address) as device, SharedMemory(1 << 20) as memory:
             found["resettable"] = str(device.info.resettable)
