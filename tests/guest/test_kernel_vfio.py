@@ -19,6 +19,9 @@ from .run import EDU_ADDRESS, Guest, edu_device
 EDU = PAYLOADS / "kernel_edu.py"
 NVME = PAYLOADS / "kernel_nvme.py"
 NVME_ADDRESS = "0000:00:06.0"
+EDUS = ("0000:01:01.0", "0000:01:02.0")
+VIRTIO = "0000:01:03.0"
+"""Behind a bridge that does not keep them apart, so in one group."""
 VECTORS = 2048
 SERIAL = "vfio-vmbus"
 CONFORMANCE = [name for name in dir(DeviceConformance) if name.startswith("test_")]
@@ -33,7 +36,9 @@ def machine(programs: Tools) -> Iterator[Guest]:
         disk.write_bytes(bytes(1 << 20))
         nvme = ["-drive", f"file={disk},if=none,id=disk,format=raw"]
         nvme += ["-device", f"nvme,drive=disk,serial={SERIAL},addr=6.0,msix_qsize={VECTORS}"]
-        with Guest(programs, Path(folder), kernels, [*edu_device(), *nvme]) as guest:
+        bridge = ["-device", "pcie-pci-bridge,id=bridge,addr=7.0", "-device", "virtio-net-pci,bus=bridge,addr=3,romfile="]
+        bridge += ["-device", "edu,bus=bridge,addr=1", "-device", "edu,bus=bridge,addr=2"]
+        with Guest(programs, Path(folder), kernels, [*edu_device(), *nvme, *bridge]) as guest:
             yield guest
 
 
@@ -115,6 +120,18 @@ def test_what_the_kernel_refuses_is_explained(machine: Guest) -> None:
     assert found["resettable"] == "False"
     before, after = map(int, found["available"].split())
     assert after == before - 1
+
+
+def test_devices_of_one_group_share_an_address_space_and_are_reset_together(machine: Guest) -> None:
+    found = machine.run(EDU, "groups", first=EDUS[0], second=EDUS[1], other=VIRTIO)
+    assert set(found["members"]) > {*EDUS, VIRTIO}
+    assert found["kernel's"] == "virtio-pci"
+    assert found["not viable"].startswith("not viable: IOMMU group ")
+    assert f"{VIRTIO} (virtio-pci)" in found["not viable"]
+    assert found["dependent"] == [[address, True] for address in (*EDUS, VIRTIO)]
+    assert found["shared"] == "both reach it"
+    assert (found["before it"], found["after it"]) == (1, 0)
+    assert found["closed"] == f"{EDUS[0]} is closed"
 
 
 def test_nothing_is_left_of_many_openings(machine: Guest) -> None:
