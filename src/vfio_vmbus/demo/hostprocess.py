@@ -109,7 +109,7 @@ def host_process(mac: bytes = b"", tap: int | None = None) -> Iterator[HostProce
     with ours, tempfile.TemporaryFile() as said:
         with theirs:
             command = [sys.executable, "-m", "vfio_vmbus.demo.hostmain", str(os.getpid())]
-            process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=said)
+            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=said)
         try:
             ours.settimeout(_ANSWER_SECONDS)
             host = HostProcess(ours, process, said)
