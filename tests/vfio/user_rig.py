@@ -37,7 +37,7 @@ class Rig:
     def __init__(self, function: PciFunction, memory: SharedMemory) -> None:
         self.function = function
         self.memory = memory
-        self.core = ServerCore(FunctionDevice(function), max_data=1 << 16)
+        self.core = ServerCore(lambda: FunctionDevice(function), max_data=1 << 16)
         self.given: set[int] = set()
         self.reasons: list[str] = []
 

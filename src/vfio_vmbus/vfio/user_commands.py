@@ -42,10 +42,10 @@ class Request:
 class Commands:
     """The commands of one client of `device`, from behind VERSION on. own: what this server announced; peer: what the client can do."""
 
-    def __init__(self, device: ServedDevice, own: Capabilities) -> None:
+    def __init__(self, device: ServedDevice, own: Capabilities, peer: Capabilities) -> None:
         self.device = device
         self.own = own
-        self.peer = Capabilities()
+        self.peer = peer
         self._handlers: Mapping[int, Callable[[Request], Reply]] = {
             wire.DMA_MAP: self._dma_map,
             wire.DMA_UNMAP: self._dma_unmap,

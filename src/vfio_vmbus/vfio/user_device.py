@@ -6,6 +6,7 @@ Methods raise UsageError, DmaError, or RefusedError whose status is an errno; de
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,15 +81,19 @@ class ServedDevice(Protocol):
     def reset(self) -> None:
         """Back to the state after power-on; maps and interrupts stay."""
 
+    def release(self) -> None:
+        """The client has gone: reset, and nothing of it is kept."""
+
 
 class FunctionDevice:
-    """A PciFunction as a served device."""
+    """A PciFunction as a served device. released: called when its client has gone; by default the function is released."""
 
     regions = PCI_REGIONS
     irqs = PCI_IRQS
 
-    def __init__(self, function: PciFunction) -> None:
+    def __init__(self, function: PciFunction, released: Callable[[], None] | None = None) -> None:
         self.function = function
+        self.release = released or function.release
         self.max_maps = function.domain.max_maps
 
     def region_size(self, region: int) -> int:
