@@ -94,6 +94,8 @@ class UserConnection:
         self._room = socket.CMSG_SPACE(
             4 * (self.limits.max_fds + 1)
         )  # what does not fit is closed by the kernel, and refused here
+        self._buffer = memoryview(bytearray(_PIECE))
+        self._buffers = [self._buffer]
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._bucket = _Bucket(self.limits.max_requests, self._loop.time)
@@ -149,10 +151,12 @@ class UserConnection:
             self._ended(reason)
 
     def _readable(self) -> None:
-        missing = self.core.missing
-        size = min(missing, _LARGE_PIECE) if missing > _PIECE else _PIECE
         try:
-            data, control, flags, _ = self._socket.recvmsg(size, self._room, _RECEIVE)
+            if self.core.missing > _PIECE:
+                data, control, flags, _ = self._socket.recvmsg(min(self.core.missing, _LARGE_PIECE), self._room, _RECEIVE)
+            else:
+                count, control, flags, _ = self._socket.recvmsg_into(self._buffers, self._room, _RECEIVE)
+                data = self._buffer[:count].tobytes()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
