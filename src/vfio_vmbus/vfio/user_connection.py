@@ -142,12 +142,12 @@ class UserConnection:
         for handle in (self._later, self._retry):
             if handle is not None:
                 handle.cancel()
-        self._socket.close()
-        self._carry_out(self.core.end())
         try:
+            self._carry_out(self.core.end())
             if self.core.device is not None:
                 self.core.device.release()
         finally:
+            self._socket.close()  # not before: a client that reads the end of the stream knows that its memory is not used any more
             self._ended(reason)
 
     def _readable(self) -> None:
