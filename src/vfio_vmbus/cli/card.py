@@ -71,7 +71,7 @@ def driven_card(
     mac, allow_spoofing: of an embedded card. poll: how its host waits.
     """
     embedded = is_embedded(device)
-    _check_ports(ports or [])
+    check_ports(ports or [])
     if ports and not embedded:
         raise UsageError(f"--port {ports[0]}: the switch of {device} is in another process; give ports to vfio-vmbus serve")
     from ..channel.offered import open_device
@@ -90,7 +90,7 @@ def driven_card(
         nic = stack.enter_context(Netvsc(opened, mtu=mtu, packet_filter=accept))
         for text in ports or []:
             if host is not None:
-                _add_port(host, nic, text, stack)
+                add_port(host, text, stack, mtu=nic.info.mtu, mac=nic.mac)
         yield Card(nic, host)
 
 
@@ -120,7 +120,8 @@ _KINDS = {"tap": True, "replay": True, "capture": True, "generator": None, "sink
 """Kinds of ports, and whether they take an argument (None: may)."""
 
 
-def _check_ports(ports: list[str]) -> None:
+def check_ports(ports: list[str]) -> None:
+    """Raise UsageError for words that make no sense."""
     for text in ports:
         kind, _, argument = text.partition(":")
         if kind not in _KINDS:
@@ -133,7 +134,8 @@ def _check_ports(ports: list[str]) -> None:
         raise UsageError("--port: the same port twice")
 
 
-def _add_port(host: EmbeddedHost, nic: Netvsc, text: str, stack: ExitStack) -> None:
+def add_port(host: EmbeddedHost, text: str, stack: ExitStack, *, mtu: int, mac: bytes) -> None:
+    """Put a port on the host's switch. mtu: of a TAP. mac: of the card that a generator sends to."""
     from ..host.embedded import random_mac
 
     kind, _, argument = text.partition(":")
@@ -142,12 +144,12 @@ def _add_port(host: EmbeddedHost, nic: Netvsc, text: str, stack: ExitStack) -> N
         case "tap":
             from ..apps.lab.tap import open_tap
 
-            switch.add_tap(stack.enter_context(open_tap(argument, mtu=nic.info.mtu)).fd, argument)
+            switch.add_tap(stack.enter_context(open_tap(argument, mtu=mtu)).fd, argument)
         case "replay":
             switch.add_replay(argument)
         case "capture":
             switch.add_capture(argument)
         case "generator":
-            switch.add_generator(random_mac(), nic.mac, size=int(argument or 60))
+            switch.add_generator(random_mac(), mac, size=int(argument or 60))
         case _:
             switch.add_sink()
