@@ -60,7 +60,7 @@ def driven_card(
     """Start the embedded host with its ports, attach the card and drive it. Raises UsageError for words that make no sense."""
     name = _name_of(device)
     _check_ports(ports or [])
-    from ..channel.offered import open_device
+    from ..channel.opening import open_device
     from ..drivers.netvsc.driver import DEFAULT_FILTER, Netvsc
     from ..host.embedded import EmbeddedHost
     from ..wire.oid import PACKET_TYPE_PROMISCUOUS

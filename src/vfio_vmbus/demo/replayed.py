@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dpkt
 
-from ..channel.offered import OfferedDevice, open_device
+from ..channel.offered import OfferedDevice, open_offered
 from ..drivers.netvsc.driver import Netvsc
 from ..errors import WaitTimeout
 from ..host.embedded import EmbeddedHost
@@ -62,7 +62,7 @@ def replay_stage() -> Iterator[ReplayStage]:
     """Set it up."""
     with ExitStack() as stack:
         host = stack.enter_context(EmbeddedHost())
-        device = stack.enter_context(open_device(host.attach(host.add_nic("nic0"), name="embedded:nic0")))
+        device = stack.enter_context(open_offered(host.attach(host.add_nic("nic0"), name="embedded:nic0")))
         yield ReplayStage(host, device, stack.enter_context(Netvsc(device)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..apps.lab import Lab, Namespace
 from ..apps.tap import TapBridge
-from ..channel.offered import OfferedDevice, open_device
+from ..channel.offered import OfferedDevice, open_offered
 from ..drivers.netvsc.driver import Netvsc
 from ..host.embedded import EmbeddedHost
 
@@ -34,7 +34,7 @@ def stage(mtu: int) -> Iterator[Stage]:
         host = stack.enter_context(EmbeddedHost())
         host.switch.add_tap(left.tap.fd, "left")
         vsp = host.add_nic("nic0", right.tap.mac)
-        device = stack.enter_context(open_device(host.attach(vsp, name="embedded:nic0")))
+        device = stack.enter_context(open_offered(host.attach(vsp, name="embedded:nic0")))
         nic = stack.enter_context(Netvsc(device, mtu=mtu))
         bridge = stack.enter_context(TapBridge(nic, right.tap))
         yield Stage(left, right, host, device, nic, bridge)

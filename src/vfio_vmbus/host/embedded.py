@@ -6,22 +6,23 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ..errors import ClosedError, UsageError, WaitTimeout
 from ..vfio.config import Identity
-from ..vfio.function import PciFunction
+from ..vfio.function import Function, PciFunction
 from ..vfio.inprocess import InProcessDevice
-from ..vfio.registers import ERROR_GONE
+from ..vfio.vmbus_function import VmbusFunction
 from ..wire.vmbus import ChannelOffer
 from .connection import Connection
 from .netvsp.vsp import Netvsp
+from .opened import Opener
 from .switch.switch import Switch
 from .vsp import Vsp
 
@@ -37,6 +38,35 @@ def random_mac() -> bytes:
     return bytes.fromhex("00155d") + secrets.token_bytes(3)
 
 
+HostEnd: TypeAlias = Connection | Opener
+"""What the host has of a client."""
+Made: TypeAlias = tuple[Function, HostEnd]
+
+
+def _as_pci(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+    """A PCI function, behind which the client opens what it likes."""
+    first = devices[0].offer if devices else ChannelOffer()
+    function = PciFunction(name, identity=Identity(first.class_guid, first.instance_guid), **options)
+    try:
+        return function, Connection(function, list(devices))
+    except BaseException:
+        function.close()
+        raise
+
+
+def _as_vmbus(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+    """One device whose channel is open."""
+    if len(devices) != 1:
+        raise UsageError(f"{len(devices)} devices with the personality vmbus: take one")
+    offer = devices[0].offer
+    function = VmbusFunction(name, identity=Identity(offer.class_guid, offer.instance_guid), **options)
+    return function, Opener(function, devices[0])
+
+
+PERSONALITIES: Mapping[str, Callable[[str, tuple[Vsp, ...], dict[str, Any]], Made]] = {"pci": _as_pci, "vmbus": _as_vmbus}
+"""How a device may look to its client."""
+
+
 class EmbeddedHost:
     """Runs from the moment it is made until `close`; a with statement closes it. Methods may be called from any thread.
 
@@ -47,8 +77,9 @@ class EmbeddedHost:
         self.name = name
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
-        self._connections: dict[PciFunction, Connection] = {}
+        self._connections: dict[Function, HostEnd] = {}
         self._used: set[Vsp] = set()
+        self._at_close: list[Callable[[], None]] = []
         self._number = 0
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._defect)
@@ -62,14 +93,45 @@ class EmbeddedHost:
         """Put a network card on the switch; options as of Netvsp. Raises UsageError for a name that is taken."""
         return self.run(lambda: self._add_nic(name, mac, options))
 
-    def attach(self, *devices: Vsp, name: str | None = None) -> InProcessDevice:
-        """A PCI function that offers these devices to one client, as a VFIO device.
+    def attach(self, *devices: Vsp, name: str | None = None, personality: str = "pci", **options: Any) -> InProcessDevice:
+        """These devices for one client, as a VFIO device. personality: "pci", a PCI function that offers them, or "vmbus", which shows
+        one device that is opened already. options: as of PciFunction or VmbusFunction (max_maps, max_bytes; sizes).
 
         Raises UsageError for a device that has a client, and for a card that is on another host's switch.
         """
-        return self.run(lambda: self._attach(devices, name))
 
-    def connection(self, device: InProcessDevice) -> Connection:
+        def attach() -> InProcessDevice:
+            function, released = self.make_function(*devices, name=name, personality=personality, **options)
+            return InProcessDevice(function, self.run, released)
+
+        return self.run(attach)
+
+    def make_function(
+        self, *devices: Vsp, name: str | None = None, personality: str = "pci", **options: Any
+    ) -> tuple[Function, Callable[[], None]]:
+        """What `attach` wraps, for who serves it on this host's loop, and on it only: the function, and what is to be called, once, when
+        its client has gone. Arguments and errors as of `attach`."""
+        self._check(devices)
+        if personality not in PERSONALITIES:
+            raise UsageError(f"personality {personality!r}: take {' or '.join(PERSONALITIES)}")
+        self._number += 1
+        function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, options)
+        function.domain.quiesce = self.switch.worker.paused
+        self._connections[function] = end
+        self._used.update(devices)
+
+        def released() -> None:
+            self._used.difference_update(devices)
+            if function in self._connections:  # else the host has ended before
+                self._release(function)
+
+        return function, released
+
+    def at_close(self, callback: Callable[[], None]) -> None:
+        """Call this on the host's loop when the host closes, before its clients are let go."""
+        self._at_close.append(callback)
+
+    def connection(self, device: InProcessDevice) -> HostEnd:
         """The host's end of an attached device, to look at. Raises UsageError when it is not attached here (any more)."""
         connection = self._connections.get(device.function)
         if connection is None:
@@ -143,7 +205,7 @@ class EmbeddedHost:
         self.nics[name] = Netvsp(self.switch, mac or random_mac(), name=name, **options)
         return self.nics[name]
 
-    def _attach(self, devices: tuple[Vsp, ...], name: str | None) -> InProcessDevice:
+    def _check(self, devices: tuple[Vsp, ...]) -> None:
         if len(set(devices)) < len(devices):
             raise UsageError("a device is attached to a function once")
         for device in devices:
@@ -151,22 +213,6 @@ class EmbeddedHost:
                 raise UsageError("this device has a client already: detach it there first")
             if isinstance(device, Netvsp) and device not in self.nics.values():
                 raise UsageError(f"{device.name} is no card of {self.name}: its worker is another host's")
-        self._number += 1
-        first = devices[0].offer if devices else ChannelOffer()
-        function = PciFunction(name or f"embedded:{self._number}", identity=Identity(first.class_guid, first.instance_guid))
-        function.domain.quiesce = self.switch.worker.paused
-        try:
-            self._connections[function] = Connection(function, list(devices))
-        except BaseException:
-            function.close()
-            raise
-        self._used.update(devices)
-
-        def released() -> None:
-            self._used.difference_update(devices)
-            self._release(function)
-
-        return InProcessDevice(function, self.run, released)
 
     def _rescind(self, device: Vsp) -> None:
         for connection in self._connections.values():
@@ -175,7 +221,7 @@ class EmbeddedHost:
                 return
         raise UsageError(f"no client of {self.name} has this device")
 
-    def _release(self, function: PciFunction) -> None:
+    def _release(self, function: Function) -> None:
         with ExitStack() as stack:
             stack.callback(function.close)
             stack.callback(self._connections.pop(function).close)
@@ -187,8 +233,16 @@ class EmbeddedHost:
             for nic in self.nics.values():
                 stack.callback(nic.close)
             for function in self._connections:
-                stack.callback(self._release, function)
-                stack.callback(function.fail, ERROR_GONE)  # wakes a client that waits for an answer
+                stack.callback(self._end, function)
+            for callback in self._at_close:
+                stack.callback(callback)
+
+    def _end(self, function: Function) -> None:
+        if function not in self._connections:
+            return
+        with ExitStack() as stack:
+            stack.callback(self._release, function)
+            function.gone()
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:

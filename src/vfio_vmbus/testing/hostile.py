@@ -18,11 +18,10 @@ from types import TracebackType
 
 import numpy as np
 
-from ..channel.offered import OfferedDevice, open_device
+from ..channel.offered import OfferedDevice
+from ..channel.opening import open_device
 from ..drivers.netvsc.driver import Netvsc
-from ..errors import UsageError
-from ..host.connection import Connection
-from ..host.embedded import EmbeddedHost
+from ..host.embedded import EmbeddedHost, HostEnd
 from ..iommu.translation import READ, WRITE
 from ..memory.block import Block
 from ..memory.mapping import PAGE
@@ -77,10 +76,12 @@ class Arena:
     """A card on `host` for the attackers, canaries, and a witness on the switch. A with statement closes it.
 
     victim: another client of this host, whose memory and handles the attackers are told; some memory is mapped for it meanwhile.
+    personality: how the attackers' card is shown to them; those with `bus` need "pci".
     """
 
-    def __init__(self, host: EmbeddedHost, victim: OfferedDevice, *, name: str = "attacker") -> None:
+    def __init__(self, host: EmbeddedHost, victim: OfferedDevice, *, name: str = "attacker", personality: str = "pci") -> None:
         self.host = host
+        self._personality = personality
         self._victim = victim
         self._card = host.add_nic(name)
         self._witness = host.add_nic(f"{name}-witness")
@@ -105,13 +106,11 @@ class Arena:
 
     def judge(self, attack: Attack) -> Verdict:
         """Let a fresh client try it."""
-        function = self.host.attach(self._card, name=f"embedded:{self._card.name}")
+        function = self.host.attach(self._card, name=f"embedded:{self._card.name}", personality=self._personality)
         connection = self.host.connection(function)
         before = self._counts(function)
         device = open_device(function)
         try:
-            if not isinstance(device, OfferedDevice):
-                raise UsageError(f"{device.name}: attacks need a VMBus connection of their own")
             attacker = Attacker(device, self.prey, gone=lambda: self._is_gone(connection))
             own = [_Canary(memory.mapping.address, marked_memory(attacker.mac, memory.size)) for memory in attacker.forbidden]
             outcome = attack.run(attacker)
@@ -123,9 +122,9 @@ class Arena:
         noticed = bool(evidence) or attack.lawful
         return Verdict(attack, noticed and touched == 0, touched, tuple(evidence), outcome)
 
-    def _is_gone(self, connection: Connection) -> bool:
+    def _is_gone(self, connection: HostEnd) -> bool:
         """Has the host closed the attacker's card?"""
-        return self._card.port is None or bool(connection.function.read(0x20, 4)[0] & 2)
+        return self._card.port is None or connection.function.failed
 
     def _seen(self) -> int:
         """Bytes of marked frames that the witness got, once the switch has nothing more to forward."""
@@ -148,7 +147,7 @@ class Arena:
         return counts | {"isolation faults": function.function.domain.fault_count}
 
     def _evidence(
-        self, function: InProcessDevice, connection: Connection, before: dict[str, int], outcome: Outcome, lawful: bool
+        self, function: InProcessDevice, connection: HostEnd, before: dict[str, int], outcome: Outcome, lawful: bool
     ) -> list[str]:
         """How the host took notice. Waits a little, where it may still be about to."""
         end = time.monotonic() + (0 if lawful else _PATIENCE)

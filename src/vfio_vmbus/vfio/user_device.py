@@ -1,4 +1,4 @@
-"""What a vfio-user server shows: `ServedDevice`, and a PCI function as one.
+"""What a vfio-user server shows: `ServedDevice`, and a function as one.
 
 Methods raise UsageError, DmaError, or RefusedError whose status is an errno; descriptors that they are given stay the caller's.
 """
@@ -11,10 +11,8 @@ from typing import Protocol
 
 from ..errors import RefusedError, UsageError
 from ..iommu.domain import IOVA_LIMIT
-from ..wire.vfio import IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_BAR0
 from . import eventfd
-from .function import PciFunction, Window
-from .registers import REG_DOORBELLS
+from .function import Function, Window
 
 DOORBELL_SIZE = 4
 
@@ -38,10 +36,14 @@ class ServedMap:
 
 
 class ServedDevice(Protocol):
-    """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0."""
+    """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0.
+
+    pci: is it a PCI function?
+    """
 
     regions: int
     irqs: int
+    pci: bool
     max_maps: int
 
     def region_size(self, region: int) -> int:
@@ -82,13 +84,13 @@ class ServedDevice(Protocol):
 
 
 class FunctionDevice:
-    """A PciFunction as a served device."""
+    """A function as a served device."""
 
-    regions = PCI_REGIONS
-    irqs = PCI_IRQS
-
-    def __init__(self, function: PciFunction) -> None:
+    def __init__(self, function: Function) -> None:
         self.function = function
+        self.regions = function.regions
+        self.irqs = function.irqs
+        self.pci = function.pci
         self.max_maps = function.domain.max_maps
 
     def region_size(self, region: int) -> int:
@@ -96,7 +98,10 @@ class FunctionDevice:
         return window.size if window else 0
 
     def region_map(self, region: int) -> ServedMap | None:
-        return None
+        window = self.function.windows.get(region)
+        if window is None or window.memory is None:
+            return None
+        return ServedMap(window.memory().fd, 0, ((0, window.size),))
 
     def read(self, region: int, offset: int, size: int) -> bytes:
         return self._window(region).read(offset, size)
@@ -105,13 +110,11 @@ class FunctionDevice:
         self._window(region).write(offset, data)
 
     def io_fds(self, region: int, most: int) -> list[IoFd]:
-        if region != REGION_BAR0:
-            return []
-        numbers = range(min(most, self.function.channels))
-        return [IoFd(REG_DOORBELLS + DOORBELL_SIZE * n, DOORBELL_SIZE, self.function.doorbell(n)) for n in numbers]
+        places = self.function.doorbells(region)[:most]
+        return [IoFd(offset, DOORBELL_SIZE, self.function.doorbell_at(region, offset)) for offset in places]
 
     def irq_count(self, index: int) -> int:
-        return len(self.function.vectors.fds) if index == IRQ_MSIX else 0
+        return len(self.function.vectors.fds) if index == self.function.irq else 0
 
     def lead_to(self, index: int, start: int, fds: list[int | None]) -> None:
         for vector, fd in enumerate(fds, start):
