@@ -1,8 +1,9 @@
-"""What every device of the `vmbus` personality must do (docs/vmbus-personality.md), as tests that its author inherits: see `conformance`."""
+"""What every device of the `vmbus` personality must do (docs/vmbus-personality.md), as tests to inherit: see `conformance`."""
 
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,4 +196,7 @@ def greet(device: Device, upstream: Mapping, downstream: Mapping, signal: int) -
         time.sleep(0.0005)
         packet = pair.incoming.receive()
     assert (packet.packet_type, packet.transaction_id) == (PACKET_COMPLETION, 7)
+    poller = select.poll()
+    poller.register(signal, select.POLLIN)
+    assert poller.poll(_PATIENCE * 1000), "no interrupt"
     assert eventfd.take(signal)
