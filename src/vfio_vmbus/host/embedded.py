@@ -56,8 +56,6 @@ def _as_pci(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Mad
 
 def _as_vmbus(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
     """One device whose channel is open."""
-    if len(devices) != 1:
-        raise UsageError(f"{len(devices)} devices with the personality vmbus: take one")
     offer = devices[0].offer
     function = VmbusFunction(name, identity=Identity(offer.class_guid, offer.instance_guid), **options)
     return function, Opener(function, devices[0])
@@ -65,6 +63,14 @@ def _as_vmbus(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> M
 
 PERSONALITIES: Mapping[str, Callable[[str, tuple[Vsp, ...], dict[str, Any]], Made]] = {"pci": _as_pci, "vmbus": _as_vmbus}
 """How a device may look to its client."""
+
+
+def check_personality(personality: str, devices: tuple[Vsp, ...]) -> None:
+    """Raise UsageError unless these devices can look like that."""
+    if personality not in PERSONALITIES:
+        raise UsageError(f"personality {personality!r}: take {' or '.join(PERSONALITIES)}")
+    if personality == "vmbus" and len(devices) != 1:
+        raise UsageError(f"{len(devices)} devices with the personality vmbus: take one")
 
 
 class EmbeddedHost:
@@ -111,9 +117,8 @@ class EmbeddedHost:
     ) -> tuple[Function, Callable[[], None]]:
         """What `attach` wraps, for who serves it on this host's loop, and on it only: the function, and what is to be called, once, when
         its client has gone. Arguments and errors as of `attach`."""
+        check_personality(personality, devices)
         self._check(devices)
-        if personality not in PERSONALITIES:
-            raise UsageError(f"personality {personality!r}: take {' or '.join(PERSONALITIES)}")
         self._number += 1
         function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, options)
         function.domain.quiesce = self.switch.worker.paused
