@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from raw_client import eventually
 
-from vfio_vmbus.channel.offered import OfferedDevice, open_device
+from vfio_vmbus.channel.offered import OfferedDevice
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import FRAME
 from vfio_vmbus.errors import VfioVmbusError

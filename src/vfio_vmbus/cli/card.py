@@ -74,7 +74,7 @@ def driven_card(
     check_ports(ports or [])
     if ports and not embedded:
         raise UsageError(f"--port {ports[0]}: the switch of {device} is in another process; give ports to vfio-vmbus serve")
-    from ..channel.offered import open_device
+    from ..channel.opening import open_device
     from ..drivers.netvsc.driver import DEFAULT_FILTER, Netvsc
     from ..wire.guids import CLASS_NETWORK
     from ..wire.oid import PACKET_TYPE_PROMISCUOUS

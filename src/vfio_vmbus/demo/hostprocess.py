@@ -13,7 +13,7 @@ from threading import Lock
 from typing import IO, TypeVar
 
 from ..channel.device import VmbusDevice
-from ..channel.offered import open_device
+from ..channel.opening import open_device
 from ..errors import LocalError, WaitTimeout
 from ..testing.attacker import Outcome
 from ..testing.judge import Finding

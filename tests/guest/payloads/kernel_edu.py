@@ -26,7 +26,7 @@ from vfio_vmbus.vfio.kernel import Container, KernelDevice
 from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
-import edu  # noqa: E402
+import edu
 
 STATE = Path("/dev/shm/vfio-vmbus")
 Report = Callable[[Any], None]
