@@ -43,6 +43,11 @@ class HostServer:
         """The same on an inherited socket, which listens or is connected to the client. Raises UsageError for other descriptors."""
         self.host.run(lambda: self.server.adopt(fd, self._claim(devices)))
 
+    @property
+    def idle(self) -> bool:
+        """Is there no client, and none can come? So it is when an inherited connection has ended."""
+        return self.server.idle
+
     def close(self) -> None:
         """End all connections, stop listening."""
         with suppress(ClosedError):  # with the host

@@ -66,6 +66,15 @@ def require_sealed(fd: int) -> int:
     return os.fstat(fd).st_size
 
 
+def is_sealed(fd: int) -> bool:
+    """Can it be mapped?"""
+    try:
+        require_sealed(fd)
+    except DmaError:
+        return False
+    return True
+
+
 def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None, populate: bool = True) -> Mapping:
     """Map pieces of sealed memory into one contiguous range; `populate` as for `Mapping`.
 

@@ -146,7 +146,8 @@ class Commands:
 
     def _get_irq_info(self, request: Request) -> Reply:
         count = self._irq_count(request.value.index)
-        return vfio.IrqInfo(flags=vfio.IRQ_EVENTFD if count else 0, index=request.value.index, count=count).pack(), ()
+        flags = self.device.irq_flags(request.value.index) if count else 0
+        return vfio.IrqInfo(flags=flags, index=request.value.index, count=count).pack(), ()
 
     def _set_irqs(self, request: Request) -> Reply:
         value: vfio.IrqSet = request.value
@@ -164,10 +165,20 @@ class Commands:
             )
         if value.count == 0 and (kind != vfio.SET_DATA_NONE or value.start):
             raise ProtocolError(f"DEVICE_SET_IRQS: no vectors from {value.start} on, flags {value.flags:#x}")
-        if action != vfio.SET_ACTION_TRIGGER:
-            raise RefusedError(f"DEVICE_SET_IRQS: vectors of index {value.index} cannot be masked", errno.ENOTTY)
-        self._trigger(value, kind, vectors, request)
+        if action == vfio.SET_ACTION_TRIGGER:
+            self._trigger(value, kind, vectors, request)
+        else:
+            self._mask(value, kind, action == vfio.SET_ACTION_MASK, request.data)
         return DONE
+
+    def _mask(self, value: vfio.IrqSet, kind: int, masked: bool, chosen: bytes) -> None:
+        if kind == vfio.SET_DATA_EVENTFD or not self.device.irq_flags(value.index) & vfio.IRQ_MASKABLE:
+            raise RefusedError(f"DEVICE_SET_IRQS: vectors of index {value.index} cannot be masked like this", errno.ENOTTY)
+        if value.count == 0:
+            raise ProtocolError("DEVICE_SET_IRQS: no vectors to be masked")
+        for place in range(value.count):
+            if kind == vfio.SET_DATA_NONE or chosen[place]:
+                self.device.mask(value.index, value.start + place, masked)
 
     def _trigger(self, value: vfio.IrqSet, kind: int, vectors: int, request: Request) -> None:
         if kind == vfio.SET_DATA_EVENTFD:  # no descriptors: nobody is signalled any more
@@ -179,15 +190,23 @@ class Commands:
                 if kind == vfio.SET_DATA_NONE or request.data[place]:
                     self.device.fire(value.index, value.start + place)
 
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """REGION_READ: the data."""
+        self._check_access("REGION_READ", region, offset, count)
+        return self.device.read(region, offset, count)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """REGION_WRITE."""
+        self._check_access("REGION_WRITE", region, offset, len(data))
+        self.device.write(region, offset, data)
+
     def _region_read(self, request: Request) -> Reply:
         value: wire.RegionAccess = request.value
-        self._check_access("REGION_READ", value.region, value.offset, value.count)
-        return value.pack() + self.device.read(value.region, value.offset, value.count), ()
+        return value.pack() + self.read(value.region, value.offset, value.count), ()
 
     def _region_write(self, request: Request) -> Reply:
         value: wire.RegionAccess = request.value
-        self._check_access("REGION_WRITE", value.region, value.offset, value.count)
-        self.device.write(value.region, value.offset, request.data)
+        self.write(value.region, value.offset, request.data)
         return value.pack(), ()
 
     def _region_write_multi(self, request: Request) -> Reply:

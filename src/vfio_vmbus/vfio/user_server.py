@@ -80,6 +80,11 @@ class UserServer:
         """How many there are now, those who have not got their device yet among them."""
         return sum(len(place.connections) for place in self._places)
 
+    @property
+    def idle(self) -> bool:
+        """Is there no client, and none can come?"""
+        return not self._listeners and not self.clients
+
     def listen(self, path: str | os.PathLike[str], claim: Claim, *, mode: int = 0o600) -> None:
         """Let clients connect at `path`, a socket that is made with this mode. Raises UsageError where that cannot be."""
         listener = PathListener(path, mode)
