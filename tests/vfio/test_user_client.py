@@ -28,7 +28,7 @@ from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, Device
 from vfio_vmbus.vfio.user_client import UserDevice
 
 PATIENCE = 60.0
-CYCLES = 10 if INTERPRETED else 100
+CYCLES = 5 if INTERPRETED else 50  # of two attachments each
 FRAMES = 20 if INTERPRETED else 2000
 
 
