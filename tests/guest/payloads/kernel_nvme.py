@@ -1,4 +1,4 @@
-"""An NVMe controller through the kernel's VFIO: taken from its kernel driver, driven with interrupts on the last of very many vectors, reset,
+"""Runs in a guest: an NVMe controller under our own driver, with interrupts on the last of very many vectors, reset,
 given back."""
 
 from __future__ import annotations
