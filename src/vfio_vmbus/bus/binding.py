@@ -7,7 +7,6 @@ Linux 6.12 (driver_override, unbind, drivers_probe).
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,28 +117,18 @@ def _give(address: str, driver: str | None, override: str | None, roots: Roots) 
     A device that is to have no driver is not probed.
     """
     folder = roots.device(address)
-    _write(folder / "driver_override", override or _NO_OVERRIDE)
+    roots.write(folder / "driver_override", override or _NO_OVERRIDE)
     if roots.driver(address) not in (None, driver):
-        _write(folder / "driver/unbind", address)
+        roots.write(folder / "driver/unbind", address)
     if driver is not None and roots.driver(address) is None:
-        _write(roots.sysfs / "bus/pci/drivers_probe", address)
+        roots.write(roots.sysfs / "bus/pci/drivers_probe", address)
 
 
 def _restore(binding: Binding, path: Path, roots: Roots) -> None:
-    """What was there. A driver that had it by an override of its own name, or none, is found by the probe; another one is named to it first."""
+    """Put back what was there. The earlier driver is named for the probe, as others might claim the device as well."""
     _give(binding.address, binding.driver_before, binding.override_before or binding.driver_before, roots)
-    _write(roots.device(binding.address) / "driver_override", binding.override_before or _NO_OVERRIDE)
+    roots.write(roots.device(binding.address) / "driver_override", binding.override_before or _NO_OVERRIDE)
     path.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UnavailableError(f"{path} cannot be written by uid {os.geteuid()} ({error.strerror}): run as root") from error
-        raise UnavailableError(f"{path} does not take {text.strip()!r}: {error.strerror}") from error
 
 
 def _path(address: str, state: Path | None) -> Path:

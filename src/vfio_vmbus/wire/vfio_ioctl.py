@@ -180,7 +180,7 @@ class BusMaster(Struct):
 
 @struct(size=24)
 class BindIommufd(Struct):
-    """Ties a device's node to an iommufd; nothing else works before. Linux 6.12 has the first 16 bytes: all that is needed without a token."""
+    """Ties a device's node to an iommufd; nothing else works before. Linux 6.12 has the first 16 bytes: enough without a token."""
 
     argsz: U32 = 16
     flags: U32 = 0

@@ -90,6 +90,18 @@ class Roots:
         node = self.dev / "vfio/devices" / names[0] if names else None
         return node if node is not None and node.exists() else None
 
+    def write(self, path: Path, text: str) -> None:
+        """Tell sysfs something. Raises UnavailableError."""
+        try:
+            with open(path, "w") as file:
+                file.write(text)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UnavailableError(
+                    f"{path} cannot be written by uid {os.geteuid()} ({error.strerror}): run as root"
+                ) from error
+            raise UnavailableError(f"{path} does not take {text.strip()!r}: {error.strerror}") from error
+
     def not_viable(self, group: int) -> str:
         """Which of a group's devices have which driver: why it may not be used."""
         rows = [f"{member} ({self.driver(member) or 'no driver'})" for member in self.members(group)]
