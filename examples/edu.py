@@ -154,7 +154,8 @@ def show(device: Device) -> Iterator[str]:
         yield f"edu {edu.version >> 8}.{edu.version & 0xFF} at {device.info.name}, isolated by: {device.info.isolation}"
         assert edu.alive(0x1234_5678)
         yield "it is alive: it inverts what it is told"
-        assert (found := edu.factorial(10)) == 3628800
+        found = edu.factorial(10)
+        assert found == 3628800
         yield f"10! = {found}, and an interrupt came when it was there"
         edu.interrupt(0x42)
         edu.wait(0x42)

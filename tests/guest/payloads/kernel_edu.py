@@ -26,7 +26,7 @@ from vfio_vmbus.vfio.kernel import Container, KernelDevice
 from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
-import edu  # noqa: E402
+import edu
 
 STATE = Path("/dev/shm/vfio-vmbus")
 Report = Callable[[Any], None]
@@ -155,7 +155,13 @@ def mapped(report: Report, address: str) -> dict[str, Any]:
         device.set_bus_master(False)
         with edu.Edu(device) as driver, driver.buffer() as memory:
             memory.mapping.write(0, b"as it was")
-            driver.store(memory.iova, 9)
+            bar.write32(edu.DMA_SOURCE, edu.BUFFER)  # without an interrupt, which is a write to memory as well
+            bar.write32(edu.DMA_DESTINATION, memory.iova)
+            bar.write32(edu.DMA_COUNT, 9)
+            bar.write32(edu.DMA_COMMAND, edu.DMA_START | edu.DMA_FROM_DEVICE)
+            until = time.monotonic() + 30
+            while bar.read32(edu.DMA_COMMAND) & edu.DMA_START:
+                assert time.monotonic() < until
             found["without bus master"] = memory.mapping.read(0, 9).decode()
             device.set_bus_master(True)
             driver.store(memory.iova, 9)

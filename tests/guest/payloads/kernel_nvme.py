@@ -1,5 +1,4 @@
-"""An NVMe controller through the kernel's VFIO: taken from its kernel driver, driven with interrupts on the last of very many vectors, reset,
-given back."""
+"""An NVMe controller through the kernel's VFIO: taken from its driver, driven with interrupts on the last of many vectors, given back."""
 
 from __future__ import annotations
 
