@@ -54,9 +54,9 @@ def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
-    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS and the served card at USER_ADDRESS."""
+    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS and what our server serves: the card, and an edu."""
     kernels = compiled(CACHE / "kernels")
-    devices = [*edu_device(), *user_device(guest_server.path)]
+    devices = [*edu_device(), *user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7)]
     with tempfile.TemporaryDirectory(prefix="rig-") as folder, Guest(programs, Path(folder), kernels, devices) as guest:
         guest_server.event("attached")
         print(guest.hello)
