@@ -160,6 +160,13 @@ class PciFunction:
         self.backend: Backend | None = None
         self._doorbells: dict[int, int] = {}
         self._words = dict.fromkeys((_IOVA_LOW, _IOVA_HIGH, reg.REG_ADMIN_UPSTREAM, reg.REG_ADMIN_DOWNSTREAM), 0)
+        self._constants = {
+            reg.REG_MAGIC: reg.MAGIC,
+            reg.REG_LAYOUT: reg.LAYOUT,
+            reg.REG_CHANNELS: channels,
+            reg.REG_VECTORS: vectors,
+            reg.REG_MAX_ADMIN_PAGES: reg.MAX_ADMIN_PAGES,
+        }
         self._admin = range(0)
         """IOVAs of the running admin ring."""
         self._status = 0
@@ -189,17 +196,9 @@ class PciFunction:
     def read(self, offset: int, size: int) -> bytes:
         """Read registers of BAR 0. Raises UsageError outside of it, at an odd width or unaligned."""
         _check_access(offset, size)
-        values = {
-            reg.REG_MAGIC: reg.MAGIC,
-            reg.REG_LAYOUT: reg.LAYOUT,
-            reg.REG_CHANNELS: self.channels,
-            reg.REG_VECTORS: len(self.vectors.fds),
-            reg.REG_MAX_ADMIN_PAGES: reg.MAX_ADMIN_PAGES,
-            reg.REG_STATUS: self._status,
-            reg.REG_ERROR: self._error,
-            **self._words,
-        }
-        return b"".join(values.get(at, 0).to_bytes(4, "little") for at in range(offset, offset + size, 4))
+        if size == 4:
+            return self._read_word(offset).to_bytes(4, "little")
+        return (self._read_word(offset) | self._read_word(offset + 4) << 32).to_bytes(8, "little")
 
     def write(self, offset: int, data: bytes) -> None:
         """Write registers of BAR 0. Raises as `read`."""
@@ -241,6 +240,13 @@ class PciFunction:
                 stack.callback(os.close, self._doorbells.popitem()[1])
             stack.callback(self.vectors.close)
             stack.callback(self.release)
+
+    def _read_word(self, offset: int) -> int:
+        if offset == reg.REG_STATUS:
+            return self._status
+        if offset == reg.REG_ERROR:
+            return self._error
+        return self._words[offset] if offset in self._words else self._constants.get(offset, 0)
 
     def _write_word(self, offset: int, value: int) -> None:
         if offset >= reg.REG_DOORBELLS:
