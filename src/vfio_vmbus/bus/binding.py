@@ -51,7 +51,7 @@ def bind(
     """Give the device to `driver`, whoever has it. Bound a second time it still remembers what was there first.
 
     guards: are asked before anything is touched. Raises UsageError for what is no address; UnavailableError: no such device, no such driver
-    loaded, no IOMMU group (for a driver of VFIO), in use through VFIO, not root, or the driver does not take it, in which case everything is put back.
+    loaded, no IOMMU group (for a driver of VFIO), in use through VFIO, not root, or the driver does not take it, when all is put back.
     """
     device = pci.look(address, roots)
     _check_driver(device, driver, roots)
