@@ -10,7 +10,7 @@ from typing import Any
 from vfio_vmbus.apps.lab import Lab, NamespaceSpec
 from vfio_vmbus.apps.tap import TapBridge
 from vfio_vmbus.bus.binding import bind, unbind
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import VfioVmbusError
 from vfio_vmbus.memory.mapping import PAGE
