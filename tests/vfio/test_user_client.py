@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.vfio.served_host import CARDS, OtherProcess, other_process
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import ClosedError, RefusedError, UnavailableError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
@@ -28,7 +28,7 @@ from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, Device
 from vfio_vmbus.vfio.user_client import UserDevice
 
 PATIENCE = 60.0
-CYCLES = 10 if INTERPRETED else 100
+CYCLES = 5 if INTERPRETED else 50  # of two attachments each
 FRAMES = 20 if INTERPRETED else 2000
 
 

@@ -32,6 +32,7 @@ _ACCESS: Final = struct.Struct("<HHIIIQII")
 """A header and a RegionAccess."""
 _PREFIX: Final = _ACCESS.size
 _PIECE: Final = 1 << 16
+MAX_TIMEOUT: Final = 1e6
 _MOST_FDS: Final = 253
 """SCM_MAX_FD: Linux passes no more in one message."""
 _ROOM: Final = socket.CMSG_SPACE(4 * _MOST_FDS)
@@ -47,7 +48,6 @@ class Link:
     def __init__(self, sock: socket.socket, name: str, core: ClientCore, timeout: float) -> None:
         self.name = name
         self.core = core
-        self.timeout = timeout
         self.lock = threading.RLock()
         self._socket = sock
         self._fd = sock.fileno()
@@ -58,7 +58,20 @@ class Link:
         self._failure: str | None = None
         self._attendant: _Attendant | None = None
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout))
+        self.timeout = timeout
+
+    @property
+    def timeout(self) -> float:
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        if not 0 < seconds <= MAX_TIMEOUT:
+            raise UsageError(f"a timeout of {seconds} s: take more than 0, up to {MAX_TIMEOUT}")
+        with self.lock:
+            self._timeout = seconds
+            if self._failure is None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
     def ask(
         self,
@@ -381,7 +394,9 @@ def connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:
 
 
 def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    """A struct timeval that is not zero, which would be no timeout at all."""
+    microseconds = max(1, round(seconds * 1e6))
+    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _name_of(number: int) -> str:
