@@ -79,7 +79,7 @@ class ClientCore:
         self.stray_replies = 0
         self.stray_fds = 0
         self.served = 0
-        self.message_id = 0
+        self.message_id = 0  # of the latest command: those go round, so that a late reply is not taken for another
         self._memory = memory
         self._awaited: tuple[int, int] | None = None
         self._data = bytearray()
@@ -90,14 +90,10 @@ class ClientCore:
         """Does the next byte begin a message?"""
         return not self._data
 
-    def next_id(self) -> int:
-        """A message number that no late reply will have soon."""
-        self.message_id = (self.message_id + 1) & 0xFFFF
-        return self.message_id
-
     def ask(self, number: int, payload: bytes = b"") -> bytes:
         """The bytes of a command, whose reply is awaited from now on."""
-        self.await_reply(self.next_id(), number)
+        self.message_id = (self.message_id + 1) & 0xFFFF
+        self.await_reply(self.message_id, number)
         return wire.encode_request(self.message_id, number, payload)
 
     def await_reply(self, message_id: int, number: int) -> None:
