@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.vfio.served_host import CARDS, OtherProcess, other_process
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import ClosedError, RefusedError, UnavailableError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost

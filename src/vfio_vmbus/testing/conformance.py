@@ -20,7 +20,7 @@ from ..memory.mapping import PAGE
 from ..memory.shared import SharedMemory
 from ..vfio import eventfd
 from ..vfio import registers as reg
-from ..vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, Irq, Region
+from ..vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, REGION_MMAP, REGION_READ, REGION_WRITE, Device, Irq, Region
 from .leaks import nothing_left
 
 IOVA = 1 << 32
@@ -39,6 +39,9 @@ def refused(kind: type[VfioVmbusError]) -> Iterator[None]:
 
 class DeviceConformance(ABC):
     """The tests of any device. Each opens one, and looks that nothing is left behind."""
+
+    doorbells = BAR0_REGION
+    """The region that has them."""
 
     @abstractmethod
     def open(self) -> Device:
@@ -80,7 +83,7 @@ class DeviceConformance(ABC):
         with self.opened() as device:
             for region in regions(device):
                 assert region.size >= 4
-                assert region.flags & ~(REGION_READ | REGION_WRITE) == 0
+                assert region.flags & ~(REGION_READ | REGION_WRITE | REGION_MMAP) == 0
                 if region.flags & REGION_READ:
                     assert len(region.read(0, 4)) == 4
                     assert region.read(0, 4) == region.read32(0).to_bytes(4, "little")
@@ -101,9 +104,29 @@ class DeviceConformance(ABC):
                     with refused(UsageError):
                         region.write(0, data)
 
+    def test_a_region_is_mapped_within_its_areas_only(self) -> None:
+        with self.opened() as device:
+            for region in regions(device):
+                assert bool(region.areas) == bool(region.flags & REGION_MMAP)
+                for offset, size in region.areas:
+                    assert offset % PAGE == size % PAGE == 0 < size <= region.size - offset
+                    for bad in (
+                        (offset, size + PAGE),
+                        (offset, 0),
+                        (offset, -PAGE),
+                        (-PAGE, PAGE),
+                        (region.size, PAGE),
+                        (offset + 8, PAGE),
+                    ):
+                        with refused(UsageError):
+                            region.map(*bad)
+                for size in () if region.areas else (region.size, PAGE):
+                    with refused(UsageError):
+                        region.map(0, size)
+
     def test_a_doorbell_is_an_eventfd_and_always_the_same(self) -> None:
         with self.opened() as device:
-            region = device.region(BAR0_REGION)
+            region = device.region(self.doorbells)
             with refused(UsageError):
                 region.doorbell(region.size)
             with refused(UsageError):
@@ -168,6 +191,7 @@ class DeviceConformance(ABC):
             irq, vector = self.trigger(device)
             os.eventfd_write(mine, (1 << 64) - 2)
             irq.enable(vector, mine)
+            os.set_blocking(mine, True)  # should the device have changed that
             self.trigger(device)
             self.trigger(device)
             assert eventfd.take(mine)

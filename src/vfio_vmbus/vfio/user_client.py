@@ -115,7 +115,8 @@ class UserDevice(Device):
                 if count > MAX_INDEXES:
                     raise ProtocolError(f"{name}: {count} {what}, limit {MAX_INDEXES}")
             resettable = bool(value.flags & vfio.DEVICE_RESET)
-            return DeviceInfo(name, value.region_count, value.irq_count, resettable, isolation="vfio-user server")
+            pci = bool(value.flags & vfio.DEVICE_PCI)
+            return DeviceInfo(name, value.region_count, value.irq_count, resettable, isolation="vfio-user server", pci=pci)
 
         return self._link.ask(wire.DEVICE_GET_INFO, wire.DeviceInfo().pack(), parse=parse)
 
@@ -181,14 +182,14 @@ class _UserRegion(Region):
                 raise UsageError(str(error)) from error
             raise
 
-    def map(self, offset: int, size: int) -> Mapping:
+    def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
         fits = any(start <= offset and offset + size <= start + length for start, length in self.areas)
         if self._file is None or not fits or size <= 0 or (offset | size) % PAGE:
             raise UsageError(f"{size:#x} bytes at {offset:#x} of region {self.index} cannot be mapped: {self._areas_text()}")
         with self._link.lock:
             self._link.check()
             piece = Piece(self._file, self.view.base + offset, size, bool(self.flags & REGION_WRITE))
-            return side_by_side([piece])
+            return side_by_side([piece], wrap_from=wrap_from)
 
     def doorbell(self, offset: int) -> int:
         """Raises UnavailableError when the server has no eventfds for this region, UsageError when it has some, but none for `offset`."""

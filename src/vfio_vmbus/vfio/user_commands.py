@@ -107,7 +107,7 @@ class Commands:
         return value.pack(), ()
 
     def _get_info(self, request: Request) -> Reply:
-        flags = vfio.DEVICE_RESET | vfio.DEVICE_PCI
+        flags = vfio.DEVICE_RESET | (vfio.DEVICE_PCI if self.device.pci else 0)
         return wire.DeviceInfo(flags=flags, region_count=self.device.regions, irq_count=self.device.irqs).pack(), ()
 
     def _get_region_info(self, request: Request) -> Reply:
