@@ -55,6 +55,8 @@ class UserDevice(Device):
     def __init__(self, where: str | os.PathLike[str] | socket.socket, *, timeout: float = 5.0) -> None:
         if not 0 < timeout <= MAX_TIMEOUT:
             raise UsageError(f"a timeout of {timeout} s: take more than 0, up to {MAX_TIMEOUT:g}")
+        if isinstance(where, socket.socket) and (where.family, where.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise UsageError(f"{where.family.name} {where.type.name}: take a Unix stream socket")
         sock = where if isinstance(where, socket.socket) else connect(where, timeout)
         name = "vfio-user" if isinstance(where, socket.socket) else f"unix:{os.fspath(where)}"
         self._memory = ClientMemory(name)
