@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from benchmarks.harness import Bar, Figures, Run, bench
 from benchmarks.hosts import There
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import UnavailableError
 from vfio_vmbus.vfio.device import BAR0_REGION, Region

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from errno import EINVAL
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from ..errors import DmaError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError
 from ..iommu.translation import READ, WRITE
@@ -163,7 +163,8 @@ class _UserRegion(Region):
         self._doorbells: dict[int, int] | None = None
 
     def read(self, offset: int, size: int) -> bytes:
-        self._check(offset, size, REGION_READ)
+        if offset < 0 or not 0 < size <= self.size - offset or not self.flags & REGION_READ:
+            self._refuse(offset, size, REGION_READ)
         try:
             if size <= self._step:
                 return self._link.read(self.index, offset, size)
@@ -175,7 +176,8 @@ class _UserRegion(Region):
             raise
 
     def write(self, offset: int, data: bytes) -> None:
-        self._check(offset, len(data), REGION_WRITE)
+        if offset < 0 or not 0 < len(data) <= self.size - offset or not self.flags & REGION_WRITE:
+            self._refuse(offset, len(data), REGION_WRITE)
         try:
             for at in range(0, len(data), self._step):
                 self._link.write(self.index, offset + at, data[at : at + self._step])
@@ -205,11 +207,10 @@ class _UserRegion(Region):
                 raise UsageError(f"no doorbell register at {offset:#x} of region {self.index}")
             return self._doorbells[offset]
 
-    def _check(self, offset: int, size: int, right: int) -> None:
+    def _refuse(self, offset: int, size: int, right: int) -> NoReturn:
         if not self.flags & right:
             raise UsageError(f"region {self.index} cannot be {'read' if right == REGION_READ else 'written'}")
-        if offset < 0 or size <= 0 or offset + size > self.size:
-            raise UsageError(f"{size} bytes at {offset:#x} of region {self.index}, which has {self.size:#x}")
+        raise UsageError(f"{size} bytes at {offset:#x} of region {self.index}, which has {self.size:#x}")
 
     def _areas_text(self) -> str:
         return ", ".join(f"[{start:#x}, {start + length:#x})" for start, length in self.areas) or "no part of it can"

@@ -208,7 +208,7 @@ class Link:
             sent, got = 0, -1
             try:
                 try:
-                    if core.between_messages and not self._outbox:
+                    if not core.partial and not self._outbox:
                         sent = self._socket.send(request, _SEND)
                         if sent == len(request):
                             got = self._socket.recv_into(self._buffer)
