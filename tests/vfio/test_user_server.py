@@ -334,6 +334,7 @@ def test_page_by_page_a_virtual_iommu_maps_8000_and_takes_them_back(tmp_path: Pa
         before = Stock.take()
         for number in range(pages):
             assert me.map(IOVA + number * PAGE, PAGE, memory.fd, offset=(number * 7919) % pages * PAGE) == 0
+        assert alive(me)  # by now it has closed the last descriptor it was sent
         between = Stock.take()
         assert (between.descriptors - before.descriptors).total() == 1
         assert (between.mappings - before.mappings).total() == 1
