@@ -280,7 +280,7 @@ class ServerCore:
             return [*self._answered(header, message[Header.SIZE :]), *_release(fds)]
         answer: list[Action] = []
         try:
-            wire.parse_header(message, self.max_size)
+            wire.check_header(header, self.max_size)
             if lost:
                 raise ProtocolError(f"command {header.command}: descriptors were lost, limit {self.max_msg_fds}")
             if len(fds) > self.max_msg_fds:
