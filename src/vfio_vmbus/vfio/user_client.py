@@ -29,7 +29,7 @@ from ..wire.vfio_user_version import Capabilities, decode_version, encode_versio
 from . import eventfd
 from .device import IRQ_MASKABLE, REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
 from .user_client_core import MAX_DATA, ClientCore
-from .user_client_link import Link, connect
+from .user_client_link import MAX_TIMEOUT, Link, connect
 from .user_client_memory import ClientMemory
 from .user_client_regions import ASK_ARGSZ, MAX_IO_FDS, RegionView, needed_argsz, parse_io_fds, parse_region
 
@@ -53,8 +53,8 @@ class UserDevice(Device):
     """
 
     def __init__(self, where: str | os.PathLike[str] | socket.socket, *, timeout: float = 5.0) -> None:
-        if timeout <= 0:
-            raise UsageError(f"a timeout of {timeout} s: take more than 0")
+        if not 0 < timeout <= MAX_TIMEOUT:
+            raise UsageError(f"a timeout of {timeout} s: take more than 0, up to {MAX_TIMEOUT:g}")
         sock = where if isinstance(where, socket.socket) else connect(where, timeout)
         name = "vfio-user" if isinstance(where, socket.socket) else f"unix:{os.fspath(where)}"
         self._memory = ClientMemory(name)
@@ -72,6 +72,15 @@ class UserDevice(Device):
             self._stack.close()
             raise
         self.dma = _UserDma(self._link, self._memory, self.capabilities)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that each reply may take; may be set."""
+        return self._link.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._link.timeout = seconds
 
     def region(self, index: int) -> Region:
         """Raises UsageError for a region that is not there, and what the server's answer may raise when it is asked first."""

@@ -79,7 +79,7 @@ class ClientCore:
         self.stray_replies = 0
         self.stray_fds = 0
         self.served = 0
-        self.message_id = 0
+        self.message_id = 0  # of the latest command: those go round, so that a late reply is not taken for another
         self._memory = memory
         self._awaited: tuple[int, int] | None = None
         self._data = bytearray()
@@ -90,14 +90,10 @@ class ClientCore:
         """Does the next byte begin a message?"""
         return not self._data
 
-    def next_id(self) -> int:
-        """A message number that no late reply will have soon."""
-        self.message_id = (self.message_id + 1) & 0xFFFF
-        return self.message_id
-
     def ask(self, number: int, payload: bytes = b"") -> bytes:
         """The bytes of a command, whose reply is awaited from now on."""
-        self.await_reply(self.next_id(), number)
+        self.message_id = (self.message_id + 1) & 0xFFFF
+        self.await_reply(self.message_id, number)
         return wire.encode_request(self.message_id, number, payload)
 
     def await_reply(self, message_id: int, number: int) -> None:
@@ -113,6 +109,7 @@ class ClientCore:
         self._data += data
         carried, fresh = self._luggage, _Luggage([*fds], lost)
         self._luggage = _Luggage()
+        mine = _Luggage()
         actions: list[Action] = []
         try:
             while (message := self._next_message()) is not None:
@@ -120,8 +117,9 @@ class ClientCore:
                 if not self._data:
                     mine, fresh = mine.with_more(fresh), _Luggage()
                 actions += self._take(message, mine)
+                mine = _Luggage()
         except ProtocolError as error:
-            actions += [*self._discard(carried.fds + fresh.fds), Broken(error)]
+            actions += [*self._discard(mine.fds + carried.fds + fresh.fds), Broken(error)]
         else:
             self._luggage = carried.with_more(fresh)
         return actions
@@ -146,6 +144,7 @@ class ClientCore:
         return message
 
     def _take(self, message: bytes, luggage: _Luggage) -> list[Action]:
+        """One message. Raises ProtocolError for the reply that is awaited, to another command; its descriptors are then still there."""
         header = Header.unpack(message)
         if header.flags.kind == wire.KIND_COMMAND:
             return [*self._discard(luggage.fds), *self._serve(header, message[Header.SIZE :])]
@@ -153,8 +152,7 @@ class ClientCore:
             self.stray_replies += 1
             return self._discard(luggage.fds)
         if header.command != self._awaited[1]:
-            wrong = ProtocolError(f"a reply to command {header.command}, need {self._awaited[1]}")
-            return [*self._discard(luggage.fds), Broken(wrong)]
+            raise ProtocolError(f"a reply to command {header.command}, need {self._awaited[1]}")
         self._awaited = None
         error = (header.error or errno.EIO) if header.flags.error else 0
         return [Reply(error, message[Header.SIZE :], tuple(luggage.fds), luggage.lost)]

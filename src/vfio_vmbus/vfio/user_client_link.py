@@ -31,7 +31,9 @@ T = TypeVar("T")
 _ACCESS: Final = struct.Struct("<HHIIIQII")
 """A header and a RegionAccess."""
 _PREFIX: Final = _ACCESS.size
+_IS_REPLY: Final = wire.KIND_REPLY
 _PIECE: Final = 1 << 16
+MAX_TIMEOUT: Final = 1e6
 _MOST_FDS: Final = 253
 """SCM_MAX_FD: Linux passes no more in one message."""
 _ROOM: Final = socket.CMSG_SPACE(4 * _MOST_FDS)
@@ -47,7 +49,6 @@ class Link:
     def __init__(self, sock: socket.socket, name: str, core: ClientCore, timeout: float) -> None:
         self.name = name
         self.core = core
-        self.timeout = timeout
         self.lock = threading.RLock()
         self._socket = sock
         self._fd = sock.fileno()
@@ -58,7 +59,20 @@ class Link:
         self._failure: str | None = None
         self._attendant: _Attendant | None = None
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout))
+        self.timeout = timeout
+
+    @property
+    def timeout(self) -> float:
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        if not 0 < seconds <= MAX_TIMEOUT:
+            raise UsageError(f"a timeout of {seconds} s: take more than 0, up to {MAX_TIMEOUT}")
+        with self.lock:
+            self._timeout = seconds
+            if self._failure is None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
     def ask(
         self,
@@ -77,8 +91,9 @@ class Link:
         with self.lock:
             self._begin()
             try:
+                self._reply = None
                 self._outbox.append((memoryview(self.core.ask(number, payload)), tuple(fds)))
-                reply = self._exchange(_name_of(number), takes_fds)
+                reply = self._wait(_name_of(number), takes_fds)
                 try:
                     answer = None if reply.error or reply.lost else parse(reply.payload, reply.fds)
                 finally:
@@ -177,73 +192,66 @@ class Link:
     def _access(self, command: int, region: int, offset: int, count: int, data: bytes, size: int) -> bytes:
         """A region access and the data of its reply, which has `size` bytes.
 
-        The reply to one that goes well is known but for its data. So it is compared, and taken apart only if it is something else.
+        The reply to one that goes well is known but for its data. So if it comes whole and alone, as it does, it is compared and not taken
+        apart; whatever else comes goes to the core.
         """
         with self.lock:
-            self._begin()
+            if self._failure is not None:
+                raise ClosedError(self._failure)
+            attendant = self._attendant
+            if attendant is not None:
+                attendant.look_away(self._fd)
+            core = self.core
+            core.message_id = number = (core.message_id + 1) & 0xFFFF
+            request = _ACCESS.pack(number, command, _PREFIX + len(data), 0, 0, offset, region, count) + data
+            expected = _ACCESS.pack(number, command, size, _IS_REPLY, 0, offset, region, count)
+            sent, got = 0, -1
             try:
-                number = self.core.next_id()
-                request = _ACCESS.pack(number, command, _PREFIX + len(data), 0, 0, offset, region, count) + data
-                expected = _ACCESS.pack(number, command, size, wire.KIND_REPLY, 0, offset, region, count)
-                found = self._quick(command, request, expected, size)
-                error = 0
-                if found is None:
-                    error, found = self._slow(command, expected, size)
+                try:
+                    if core.between_messages and not self._outbox:
+                        sent = self._socket.send(request, _SEND)
+                        if sent == len(request):
+                            got = self._socket.recv_into(self._buffer)
+                            if got == size and self._buffer.startswith(expected):
+                                if attendant is not None:
+                                    attendant.look(self._fd)
+                                return bytes(self._view[_PREFIX:size])
+                except BlockingIOError:
+                    if sent == len(request):
+                        raise WaitTimeout(f"{self.name}: the reply to {_name_of(command)}", self.timeout) from None
+                except OSError as error:
+                    self._gone(error)
+                core.await_reply(number, command)
+                code, found = self._slow(command, request[sent:], got, expected, size)
             except BaseException as failure:
                 self._break(failure)
                 raise
-            if self._attendant is not None:
-                self._attendant.look(self._fd)
-        if error:
-            raise _refusal(self.name, command, error)
+            if attendant is not None:
+                attendant.look(self._fd)
+        if code:
+            raise _refusal(self.name, command, code)
         return found
 
-    def _quick(self, command: int, request: bytes, expected: bytes, size: int) -> bytes | None:
-        """Send a request and take its reply if it comes whole, alone and as expected. Else whatever has come is in the core."""
-        core = self.core
+    def _slow(self, command: int, unsent: bytes, got: int, expected: bytes, size: int) -> tuple[int, bytes]:
+        """The errno or the data of an access's reply, however it comes. got: bytes in the buffer, -1 if nothing was received."""
         self._reply = None
-        sent = 0
-        if core.between_messages and not self._outbox:
-            try:
-                sent = self._socket.send(request, _SEND)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._gone(error)
-        if sent < len(request):
-            core.await_reply(core.message_id, command)
-            self._outbox.append((memoryview(request)[sent:], ()))
-            return None
-        try:
-            got = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
-            raise WaitTimeout(f"{self.name}: the reply to {_name_of(command)}", self.timeout) from None
-        except OSError as error:
-            self._gone(error)
-        if got == size and self._buffer.startswith(expected):
-            return bytes(self._view[_PREFIX:size])
-        core.await_reply(core.message_id, command)
-        self._take_bytes(bytes(self._view[:got]))
-        return None
-
-    def _slow(self, command: int, expected: bytes, size: int) -> tuple[int, bytes]:
-        """The errno or the data of the reply, however it comes."""
-        reply = self._exchange(_name_of(command), takes_fds=False, again=True)
+        if unsent:
+            self._outbox.append((memoryview(unsent), ()))
+        if got >= 0:
+            self._take_bytes(bytes(self._view[:got]))
+        reply = self._wait(_name_of(command), takes_fds=False)
         need = size - wire.Header.SIZE
         if reply.error:
             return reply.error, b""
         if len(reply.payload) != need:
             raise ProtocolError(f"{self.name}: reply to {_name_of(command)}: {len(reply.payload)} bytes, need {need}")
         if not reply.payload.startswith(expected[wire.Header.SIZE :]):
-            raise ProtocolError(
-                f"{self.name}: reply to {_name_of(command)}: {wire.RegionAccess.unpack(reply.payload)} was not asked for"
-            )
+            said = wire.RegionAccess.unpack(reply.payload)
+            raise ProtocolError(f"{self.name}: reply to {_name_of(command)}: {said} was not asked for")
         return 0, reply.payload[_PREFIX - wire.Header.SIZE :]
 
-    def _exchange(self, name: str, takes_fds: bool, again: bool = False) -> Reply:
-        """Send what is in the outbox and wait for the reply. again: what there is of it may have come already."""
-        if not again:
-            self._reply = None
+    def _wait(self, name: str, takes_fds: bool) -> Reply:
+        """Send what is in the outbox and wait for the reply, which may be there already."""
         self._pump(f"the reply to {name}", awaits=True, takes_fds=takes_fds)
         reply, self._reply = self._reply, None
         assert reply is not None
@@ -381,7 +389,9 @@ def connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:
 
 
 def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    """A struct timeval that is not zero, which would be no timeout at all."""
+    microseconds = max(1, round(seconds * 1e6))
+    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _name_of(number: int) -> str:
