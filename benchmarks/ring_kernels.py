@@ -7,6 +7,7 @@ from typing import Any
 from vfio_vmbus.memory.access import inline
 from vfio_vmbus.memory.kernel import kernel
 from vfio_vmbus.memory.libc import clock_ns
+from vfio_vmbus.memory.signal import SCRATCH
 from vfio_vmbus.ring.bursts import packet_at, receive_rows, send_rows, take
 from vfio_vmbus.ring.primitives import in_header, in_next, in_ready, rest, ring_at
 
@@ -15,14 +16,14 @@ from vfio_vmbus.ring.primitives import in_header, in_next, in_ready, rest, ring_
 def write_packets(address: int, memory: int, table: int, burst: int, packets: int) -> int:
     """Send `packets` rows of the table, `burst` of them at a time; the nanoseconds that took."""
     ring = ring_at(address)
-    begin = clock_ns(ring.scratch)
+    begin = clock_ns(ring.signal + SCRATCH)
     left = packets
     while left > 0 and ring.broken == 0:
         sent = send_rows(ring, memory, table, min(burst, left))
         if sent == 0:
             rest()
         left -= sent
-    return clock_ns(ring.scratch) - begin
+    return clock_ns(ring.signal + SCRATCH) - begin
 
 
 @inline
@@ -55,9 +56,9 @@ def read_packets(address: int, memory: int, limit: int, table: int, burst: int, 
     ring = ring_at(address)
     while not in_ready(ring) and ring.broken == 0:
         rest()
-    begin = clock_ns(ring.scratch)
+    begin = clock_ns(ring.signal + SCRATCH)
     if burst == 1:
         _read_singles(ring, memory, table, packets)
     else:
         _read_bursts(ring, memory, limit, table, burst, packets)
-    return clock_ns(ring.scratch) - begin
+    return clock_ns(ring.signal + SCRATCH) - begin

@@ -8,23 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.dataplane import kernels
+from tests.dataplane.messages import LONGEST, agree, parse
 from vfio_vmbus.dataplane.rndis import (
     BAD_DATA,
     BAD_FRAME,
     BAD_LENGTH,
     BAD_PPI,
-    MESSAGE_RULES,
     NOT_A_PACKET,
-    PARSED,
     SHORT_HEADER,
     room_for,
 )
-from vfio_vmbus.errors import ProtocolError
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.wire.frame import PPI_CHECKSUM, PPI_VLAN, Frame, PacketInfo, encode_packet, parse_packet
-from vfio_vmbus.wire.rndis import PacketMessage
 
-LONGEST = 1518
 EXAMPLES = settings(max_examples=400, deadline=None)
 
 infos = st.lists(
@@ -41,50 +37,6 @@ words = st.one_of(
     st.integers(0, 200), st.integers(0, 2**32 - 1), st.sampled_from([2**31, 2**32 - 1, 2**32 - 8, 1514, 1519, 44, 43])
 )
 changes = st.lists(st.tuples(st.integers(0, 22).map(lambda index: 4 * index), words), max_size=3)
-
-
-def oracle(data: bytes, longest: int) -> tuple[bytes, int, int] | None:
-    """Frame, checksum word and VLAN word (-1 where there is none) of the message at the beginning of `data`; None: refused.
-
-    What kernels want beyond the parser: information in whole 4-byte words, and frames of a length that can be.
-    """
-    try:
-        head = PacketMessage.unpack(data)
-        if head.ppi_length == 0:  # wherever nothing is said to lie
-            data = data[:28] + bytes(4) + data[32:]
-        elif head.ppi_offset == 0 or head.ppi_offset % 4 or head.ppi_length % 4:
-            return None
-        frame = parse_packet(data)
-    except ProtocolError:
-        return None
-    if not 14 <= len(frame.data) <= longest:
-        return None
-    found = {PPI_CHECKSUM: -1, PPI_VLAN: -1}
-    for info in frame.infos:
-        if info.number in found and not info.internal and len(info.data) >= 4:
-            found[info.number] = int.from_bytes(info.data[:4], "little")
-    return frame.data, found[PPI_CHECKSUM], found[PPI_VLAN]
-
-
-def parse(data: bytes, at: int = 0, longest: int = LONGEST) -> tuple[int, tuple[int, bytes, int, int] | None]:
-    """The kernel on memory of exactly that size: the rule broken; or the next message's place, frame, checksum, VLAN."""
-    memory = Block("u1", len(data))
-    memory.array[:] = np.frombuffer(data, np.uint8)
-    out = Block(PARSED)
-    rule = kernels.parse_message(out.address, memory.address, at, len(data), longest)
-    if rule:
-        return rule, None
-    start = out["address"] - memory.address
-    return 0, (out["next"], data[start : start + out["size"]], out["checksum"], out["vlan"])
-
-
-def agree(data: bytes, at: int = 0) -> None:
-    expected = oracle(data[at:], LONGEST)
-    rule, found = parse(data, at)
-    assert (expected is None) == (rule in MESSAGE_RULES)
-    if expected is not None and found is not None:
-        length = PacketMessage.unpack(data, at).message_length
-        assert found == (at + length, *expected)
 
 
 @EXAMPLES

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.vfio.raw_client import RawClient
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
@@ -31,7 +31,7 @@ PATIENCE = 60.0
 DRIVER = """
 import sys
 from vfio_vmbus.apps.measure import measure_sending
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.vfio.user_client import UserDevice
 with open_device(UserDevice(sys.argv[1], timeout=60)) as device, Netvsc(device) as nic:

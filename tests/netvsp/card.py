@@ -6,8 +6,9 @@ The guest is an `Attacker`, which can send anything; what its transfers become i
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.frames import BURST, FRAME, mac_value
-from vfio_vmbus.host.netvsp.state import NIC
+from vfio_vmbus.host.netvsp.state import NIC, WORKER
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.host.switch.ports import port_deliver, port_finish, port_poll
 from vfio_vmbus.host.switch.state import PORT, PORT_SIZE
@@ -25,6 +26,7 @@ from vfio_vmbus.iommu.translation import READ
 from vfio_vmbus.memory.block import Block
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.testing.attacker import Attacker, marked_message
+from vfio_vmbus.vfio.inprocess import InProcessDevice
 from vfio_vmbus.wire import nvsp
 from vfio_vmbus.wire.frame import Frame, parse_packet
 from vfio_vmbus.wire.ring import PACKET_COMPLETION, PACKET_XFER_PAGES, Packet
@@ -45,9 +47,10 @@ class Transfer:
 class Card:
     """The host's kernels of one card, and its guest."""
 
-    def __init__(self, host: EmbeddedHost, nic: Netvsp, guest: Attacker, pages: DmaBuffer) -> None:
+    def __init__(self, host: EmbeddedHost, function: InProcessDevice, nic: Netvsp, guest: Attacker, pages: DmaBuffer) -> None:
         assert nic.port is not None
         self.host = host
+        self.function = function
         self.nic = nic
         self.guest = guest
         self.pages = pages
@@ -60,19 +63,32 @@ class Card:
         state = np.frombuffer((ctypes.c_int64).from_address(self._port + _STATE_AT), np.int64)
         self.record: Any = np.frombuffer((ctypes.c_uint8 * NIC.itemsize).from_address(int(state[0])), NIC)[0]
         """The NIC record that the kernels share with the control plane."""
+        self.still = ExitStack()
+        """What holds the worker still."""
 
-    def poll(self) -> list[tuple[bytes, int]]:
-        """All frames that the guest sent, as (bytes, flags), however many polls that takes."""
-        frames: list[tuple[bytes, int]] = []
+    def let_the_control_plane_work(self) -> None:
+        """After a poll that handed the record over: until it comes back, or the card is closed. The worker runs meanwhile."""
+        if self.record["owner"] == WORKER:
+            return
+        self.still.close()
+        while self.nic.port is not None and self.record["owner"] != WORKER:
+            time.sleep(0.0002)
+        self.still.enter_context(self.host.switch.worker.paused())
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """All frames that the guest sent, where they lie, as (address, size, flags), however many polls that takes."""
         idle = 0
         while idle < 3:  # a poll can come to nothing because what it took failed
             count = port_poll(self._port, self._address, 0)
             for row in self._table[:count]:
-                frames.append((ctypes.string_at(int(row["address"]), int(row["size"])), int(row["flags"])))
+                yield int(row["address"]), int(row["size"]), int(row["flags"])
             if count:
                 port_finish(self._port)
             idle = 0 if count else idle + 1
-        return frames
+
+    def poll(self) -> list[tuple[bytes, int]]:
+        """The same, as (bytes, flags)."""
+        return [(ctypes.string_at(address, size), flags) for address, size, flags in self.rows()]
 
     def deliver(self, frames: list[tuple[bytes, int]], rewritten: bytes = b"") -> None:
         """Give frames, as (bytes, flags), to the guest, a burst of the switch's at most.
@@ -127,12 +143,14 @@ def card(**options: Any) -> Iterator[Card]:
     """A card with its worker parked. options: of the guest's driver."""
     with EmbeddedHost(poll="interrupt") as host:
         nic = host.add_nic("card", MAC)
-        with open_device(host.attach(nic)) as device:
+        function = host.attach(nic)
+        with open_device(function) as device:
             guest = Attacker(device, **options)
             pages = device.dma_buffer(256 * PAGE, READ, "pages")
-            made = Card(host, nic, guest, pages)
+            made = Card(host, function, nic, guest, pages)
             guest.nic.queue.rx_burst()  # gives the section of the last answer back
-            with host.switch.worker.paused():
+            with made.still:
+                made.still.enter_context(host.switch.worker.paused())
                 made.poll()
                 assert made.record["free_count"] == made.record["receive_sections"]
                 yield made

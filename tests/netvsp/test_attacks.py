@@ -20,7 +20,7 @@ from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.control import Control
 from vfio_vmbus.iommu.domain import Fault
 from vfio_vmbus.memory.mapping import PAGE
-from vfio_vmbus.testing import hostile
+from vfio_vmbus.testing import judge
 from vfio_vmbus.testing.attacker import WHOLE, Attack, Attacker, Outcome, marked_message, range_words
 from vfio_vmbus.testing.hostile import ATTACKS, Arena
 from vfio_vmbus.testing.leaks import nothing_left
@@ -104,7 +104,7 @@ def test_the_catalogue_covers_what_it_should() -> None:
 
 def test_the_judge_sees_a_host_that_is_not_strict(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attacks on nothing: marked frames from memory that may be read, and marked bytes written where nobody may write."""
-    monkeypatch.setattr(hostile, "_PATIENCE", 0.2)
+    monkeypatch.setattr(judge, "_PATIENCE", 0.2)
 
     def leak(attacker: Attacker) -> Outcome:
         attacker.pages(range_words(WHOLE, 0, attacker.trap.pfns[:1]))

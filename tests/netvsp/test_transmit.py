@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.dataplane.checksums import ipv4_filled, l4_filled, made, samples
-from tests.dataplane.test_rndis import oracle
+from tests.dataplane.messages import oracle
 from tests.netvsp.card import Card, card
 from vfio_vmbus.host.frames import VALID_IP_CHECKSUM, VALID_L4_CHECKSUM
 from vfio_vmbus.memory.mapping import PAGE

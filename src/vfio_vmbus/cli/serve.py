@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .embedded import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
+from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
 from .output import progress
 
 if TYPE_CHECKING:

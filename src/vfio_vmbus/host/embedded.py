@@ -143,6 +143,13 @@ class EmbeddedHost:
             raise UsageError(f"{device.info.name} is not attached to {self.name}")
         return connection
 
+    def connection_of(self, device: Vsp) -> HostEnd:
+        """The host's end for the client that has this device, to look at. Raises UsageError when nobody has it."""
+        found = self.run(lambda: next((each for each in self._connections.values() if each.has(device)), None))
+        if found is None:
+            raise UsageError(f"no client of {self.name} has this device")
+        return found
+
     def rescind(self, device: Vsp) -> None:
         """Take a device away from the client that has it, for good: it can be attached again when that client has closed."""
         self.run(lambda: self._rescind(device))

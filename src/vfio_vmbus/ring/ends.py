@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import ClosedError, RingError, UsageError
 from ..memory.block import Block
 from ..memory.mapping import PAGE, Mapping
+from ..memory.signal import signal_record
 from ..wire.gpa import PageRange
 from ..wire.ring import PACKET_ALIGNMENT, PACKET_GPA_DIRECT, PACKET_INBAND, Packet, parse_packet
 from . import bursts
@@ -65,7 +66,7 @@ class _End:
         self.name = name
         self.mapping = mapping
         self.size = size
-        self._scratch = Block("i8", 2)
+        self._signal = signal_record()
         self._state = Block(RING)
         self.data = Area(mapping.address + PAGE, 2 * size)
         (index,) = _INDEX.unpack(mapping.read(own_index, 4))
@@ -76,7 +77,7 @@ class _End:
             "index": index,
             "shown": index,
             "doorbell": doorbell,
-            "scratch": self._scratch.address,
+            "signal": self._signal.address,
         }.items():
             self._state[field] = value
         if index >= size or index % 8:

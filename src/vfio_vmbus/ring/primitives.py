@@ -28,7 +28,7 @@ from ..memory.access import (
     store64,
     viewer,
 )
-from ..memory.libc import eventfd_signal
+from ..memory.signal import signal as signal_eventfd
 from ..wire import ring as layout
 from .state import BAD_INDEX, BAD_LENGTH, BAD_MOVE, BAD_OFFSET, RING
 
@@ -85,7 +85,7 @@ def signal(ring: Any) -> None:
     """Ring the other side's doorbell."""
     ring.signals += 1
     if ring.doorbell >= 0:
-        eventfd_signal(ring.doorbell, ring.scratch)
+        signal_eventfd(ring.doorbell, ring.signal)
 
 
 @inline

@@ -21,7 +21,7 @@ RING = np.dtype(
         ("doorbell", "i8"),  # eventfd that signals the other side, or -1
         ("signals", "i8"),  # how often it was signalled
         ("full", "i8"),  # outgoing: how often a packet found no room
-        ("scratch", "i8"),  # address of 16 bytes for system calls
+        ("signal", "i8"),  # address of a record for memory.signal
     ]
 )
 """One end of one ring; all int64 so that a kernel and Python see the same numbers."""

@@ -191,6 +191,7 @@ class DeviceConformance(ABC):
             irq, vector = self.trigger(device)
             os.eventfd_write(mine, (1 << 64) - 2)
             irq.enable(vector, mine)
+            os.set_blocking(mine, True)  # should the device have changed that
             self.trigger(device)
             self.trigger(device)
             assert eventfd.take(mine)

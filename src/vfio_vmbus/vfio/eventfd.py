@@ -6,6 +6,8 @@ import errno
 import os
 from contextlib import suppress
 
+from ..memory.signal import signal_now
+
 EVENT_FLAGS = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 _EOPNOTSUPP = errno.EOPNOTSUPP
 
@@ -42,6 +44,5 @@ def take(fd: int) -> bool:
 
 
 def ring(fd: int) -> None:
-    """Add one to an eventfd that is non-blocking. One that is full has rung already."""
-    with suppress(BlockingIOError):
-        os.eventfd_write(fd, 1)
+    """Add one to an eventfd, never waiting. One that is full has rung already."""
+    signal_now(fd)

@@ -60,10 +60,8 @@ class Vectors:
         """Let a vector signal a client's eventfd, or nobody. Raises UsageError for a number or a descriptor that is none."""
         if not 0 <= vector < len(self.fds):
             raise UsageError(f"interrupt vector {vector}: there are {len(self.fds)}")
-        if client is not None:
-            if not eventfd.is_eventfd(client):
-                raise UsageError(f"descriptor {client} is not an eventfd")
-            os.set_blocking(client, False)  # a counter that nobody reads must not stop the data plane
+        if client is not None and not eventfd.is_eventfd(client):
+            raise UsageError(f"descriptor {client} is not an eventfd")
         os.dup2(self._nobody if client is None else client, self.fds[vector], inheritable=False)
 
     def reset(self) -> None:

@@ -1,0 +1,63 @@
+"""What the tests of this folder share: the programs, one guest for all of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
+from vfio_vmbus.errors import UnavailableError
+
+from .kernels import compiled
+from .packages import CACHE, Tools, tools
+from .run import Guest, edu_device, user_device
+from .server import Server
+
+PAYLOADS = Path(__file__).with_name("payloads")
+
+
+@pytest.fixture(scope="session")
+def programs() -> Tools:
+    try:
+        return tools()
+    except UnavailableError as error:
+        pytest.skip(f"QEMU and a guest's kernel cannot be had: {error}")
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for logs and sockets, whose names must be short."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def outside() -> Iterator[Namespace | None]:
+    """A network namespace on this side of the switch; None, with the reason printed, where the machine forbids it."""
+    try:
+        with Lab(NamespaceSpec("outside", "10.77.0.1/24")) as lab:
+            yield lab.namespaces[0]
+    except UnavailableError as error:
+        print(f"no namespaces: {error}")
+        yield None
+
+
+@pytest.fixture(scope="session")
+def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]:
+    """The server of the guest's card, whose switch has a port in the namespace outside."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), outside.tap.fd if outside else -1) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
+    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS and what our server serves: the card, and an edu."""
+    kernels = compiled(CACHE / "kernels")
+    devices = [*edu_device(), *user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7)]
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Guest(programs, Path(folder), kernels, devices) as guest:
+        guest_server.event("attached")
+        print(guest.hello)
+        yield guest
