@@ -29,9 +29,10 @@ from ..wire.vfio_user_version import Capabilities, decode_version, encode_versio
 from . import eventfd
 from .device import IRQ_MASKABLE, REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
 from .user_client_core import MAX_DATA, ClientCore
-from .user_client_link import MAX_TIMEOUT, Link, connect
+from .user_client_link import MAX_TIMEOUT, Link
 from .user_client_memory import ClientMemory
 from .user_client_regions import ASK_ARGSZ, MAX_IO_FDS, RegionView, needed_argsz, parse_io_fds, parse_region
+from .user_client_socket import connect
 
 MAX_INDEXES: Final = 512
 """Regions, or kinds of interrupts, of one device. (QEMU takes 100 and 50.)"""

@@ -23,8 +23,9 @@ from typing import Final, NoReturn, TypeVar, cast
 
 from ..errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
 from ..wire import vfio_user as wire
-from . import eventfd
+from .user_client_attendant import Attendant
 from .user_client_core import Action, Answer, Broken, ClientCore, Discard, Reply
+from .user_client_socket import timeval
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Link:
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._reply: Reply | None = None
         self._failure: str | None = None
-        self._attendant: _Attendant | None = None
+        self._attendant: Attendant | None = None
         sock.setblocking(True)
         self.timeout = timeout
 
@@ -72,7 +73,7 @@ class Link:
         with self.lock:
             self._timeout = seconds
             if self._failure is None:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
 
     def ask(
         self,
@@ -123,7 +124,7 @@ class Link:
         with self.lock:
             self._begin()
             if self._attendant is None:
-                self._attendant = _Attendant(self, self._fd)
+                self._attendant = Attendant(self.serve, self._fd)
             self._attendant.look(self._fd)
 
     def check(self) -> None:
@@ -336,62 +337,6 @@ class Link:
     def _close_fds(fds: Sequence[int]) -> None:
         for fd in fds:
             os.close(fd)
-
-
-class _Attendant:
-    """The thread that waits for commands of the server's while it is told to look."""
-
-    def __init__(self, link: Link, fd: int) -> None:
-        self._link = link
-        self._stop = eventfd.make()
-        self._epoll = select.epoll()
-        self._epoll.register(self._stop, select.EPOLLIN)
-        self._epoll.register(fd, 0)
-        self._thread = threading.Thread(target=self._main, name="vfio-user-client", daemon=True)
-        self._thread.start()
-
-    def look(self, fd: int) -> None:
-        self._epoll.modify(fd, select.EPOLLIN)
-
-    def look_away(self, fd: int) -> None:
-        self._epoll.modify(fd, 0)
-
-    def stop(self) -> None:
-        """End the thread. Its connection is told to be closed already, and nobody holds its lock."""
-        eventfd.ring(self._stop)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        self._epoll.close()
-        os.close(self._stop)
-
-    def _main(self) -> None:
-        while True:
-            ready = [fd for fd, _ in self._epoll.poll()]
-            if self._stop in ready or not self._link.serve():
-                return
-
-
-def connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:
-    """A connection to the server that listens at `path`. Raises UnavailableError, WaitTimeout, UsageError for a path that cannot be."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
-        sock.connect(os.fspath(path))
-    except BlockingIOError:
-        sock.close()
-        raise WaitTimeout(f"a connection to {os.fspath(path)}", timeout) from None
-    except OSError as error:
-        sock.close()
-        if error.errno is None:
-            raise UsageError(f"{os.fspath(path)}: {error}") from error
-        raise UnavailableError(f"{os.fspath(path)}: {error.strerror}: is a vfio-user server listening there?") from error
-    return sock
-
-
-def _timeval(seconds: float) -> bytes:
-    """A struct timeval that is not zero, which would be no timeout at all."""
-    microseconds = max(1, round(seconds * 1e6))
-    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _name_of(number: int) -> str:
