@@ -21,8 +21,8 @@ from .process import PATIENCE, Program, RigError, tail
 from .qmp import Qmp
 
 PROJECT = Path(__file__).resolve().parents[2]
-BOOT_SECONDS = 180.0
-PRELOAD = ("vfio_vmbus.channel.offered", "vfio_vmbus.drivers.netvsc.driver")
+BOOT_SECONDS = 300.0
+PRELOAD = ("vfio_vmbus.cli.main", "vfio_vmbus.channel.opening", "vfio_vmbus.vfio.kernel", "vfio_vmbus.apps.tap")
 
 EDU_ADDRESS = "0000:00:05.0"
 NVME_ADDRESS = "0000:00:06.0"
