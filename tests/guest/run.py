@@ -204,7 +204,8 @@ class Guest:
         self.compiled_at_start = said[0]["compiled"]
 
     def _command(self) -> list[str]:
-        words = "console=ttyS0 quiet panic=-1 intel_iommu=on tsc=reliable"
+        # no_timer_check: on a loaded machine, emulated, the timer can be too late for the kernel, which panics then.
+        words = "console=ttyS0 quiet panic=-1 intel_iommu=on tsc=reliable no_timer_check"
         files = self._folder / "share"
         return [
             *self._tools.qemu,

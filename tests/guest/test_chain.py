@@ -84,3 +84,10 @@ def test_an_edu_of_ours_is_driven_as_qemus_is(guest: Guest, guest_server: Server
     assert "not mapped any more, was refused" in lines[5]
     assert lines[6].startswith("so was a DMA read")
     assert guest_server.status()["edu_faults"] == 2
+
+
+def test_a_device_of_ours_conforms_through_the_kernel(guest: Guest) -> None:
+    """The suite that every way to a device passes, over vfio-pci, the virtual IOMMU, QEMU and our server."""
+    found = guest.run(PAYLOADS / "kernel_edu.py", "conformance", 300, address=USER_EDU_ADDRESS)
+    assert len(found) > 10
+    assert {name: said for name, said in found.items() if said} == {}
