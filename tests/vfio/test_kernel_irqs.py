@@ -1,4 +1,4 @@
-"""What KernelIrq tells the kernel, and what it makes of a machine with room for few vectors, which no test machine is. The rest: tests/guest."""
+"""What KernelIrq tells the kernel, also on machines with room for few vectors, which no test machine is. The rest: tests/guest."""
 
 from __future__ import annotations
 
