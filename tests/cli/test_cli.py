@@ -30,7 +30,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-COMMANDS = ["", "demo", "list", "bind", "unbind", "net", "net tap", "net fwd", "net capture", "net replay", "net bench"]
+COMMANDS = ["", "demo", "list", "serve", "bind", "unbind", "net", "net tap", "net fwd", "net capture", "net replay", "net bench"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -109,6 +109,17 @@ def test_devices_of_one_group_share_an_address_space_and_are_reset_together(gues
     assert found["closed"] == f"{BRIDGED[0]} is closed"
 
 
+def test_opening_that_fails_half_way_leaves_nothing(guest: Guest) -> None:
+    found = guest.run(EDU, "half_open", timeout=120, address=EDU_ADDRESS)
+    assert found["ioctls"] > 20
+    assert found["failed"] > 15  # all that are no questions about things that may not be there
+
+
+def test_the_kernel_asks_for_the_device(guest: Guest) -> None:
+    found = guest.run(EDU, "wanted_back", timeout=180, address=EDU_ADDRESS)
+    assert found == {"asked": True, "waits": True, "unbound": True, "restored": True}
+
+
 def test_nothing_is_left_of_many_openings(guest: Guest) -> None:
     guest.run(EDU, "cycles", timeout=300, address=EDU_ADDRESS, count=30)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import resource
 import select
@@ -12,10 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from unittest.mock import patch
 
 from vfio_vmbus.bus import binding, pci
-from vfio_vmbus.errors import ClosedError, DmaError, UnavailableError, UsageError
+from vfio_vmbus.errors import ClosedError, DmaError, LocalError, UnavailableError, UsageError
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.conformance import DeviceConformance
@@ -24,7 +28,7 @@ from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, Device, Irq
 from vfio_vmbus.vfio.kernel import Container, Ioas, KernelDevice
 from vfio_vmbus.vfio.kernel.nodes import Roots
-from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
+from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI, IRQ_REQ
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
 import edu
@@ -300,3 +304,55 @@ def attempt_map(device: KernelDevice) -> str:
         except ClosedError as error:
             return str(error)
     return ""
+
+
+def half_open(report: Report, address: str) -> dict[str, int]:
+    """Opening fails at each of its ioctls in turn: nothing is left of it, and the device opens afterwards."""
+    real = fcntl.ioctl
+    left, seen = 0, 0
+
+    def failing(fd: int, request: int, *arguments: Any) -> int:
+        nonlocal left, seen
+        seen += 1
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, request, *arguments)
+
+    def opened() -> bool:
+        try:
+            KernelDevice(address).close()
+        except LocalError:
+            return False
+        return True
+
+    with bound(address), patch.object(fcntl, "ioctl", failing):
+        assert opened()  # by which it is known how many there are, those of closing included
+        total, failed = seen, 0
+        for number in range(1, total + 1):
+            with nothing_left(objects=False):
+                left = number
+                failed += not opened()
+                left = 0
+        assert opened()
+        return {"ioctls": total, "failed": failed}
+
+
+def wanted_back(report: Report, address: str) -> dict[str, bool]:
+    """The kernel is told to unbind a device that is open: it asks for it by the REQ interrupt, and waits until it is closed."""
+    found = {}
+    binding.bind(address, state=STATE)
+    device = KernelDevice(address)
+    signal = eventfd.make()
+    device.irq(IRQ_REQ).enable(0, signal)
+    unbind = Thread(target=Path(f"/sys/bus/pci/devices/{address}/driver/unbind").write_text, args=(address,))
+    unbind.start()
+    found["asked"] = bool(select.select([signal], [], [], 60)[0]) and eventfd.take(signal)
+    found["waits"] = unbind.is_alive()
+    device.close()
+    unbind.join(60)
+    found["unbound"] = not unbind.is_alive() and pci.look(address).driver is None
+    os.close(signal)
+    binding.unbind(address, state=STATE)  # of a device that somebody else has unbound meanwhile
+    found["restored"] = (pci.look(address).driver, pci.look(address).override) == (None, None)
+    return found
