@@ -26,7 +26,7 @@ DOORBELL_VALUE = 1
 class KernelRegion(Region):
     """A region by pread(2), pwrite(2) and mmap(2). An access is one call: for registers, ask for 1, 2, 4 or 8 bytes.
 
-    A BAR of 8-byte registers is reached by two accesses of 4 on x86 before Linux 6.13; map it where that matters.
+    An access of 8 bytes is one of the device with Linux 6.12; with 6.1 it is two of 4 on x86: map the region where that matters.
     """
 
     def __init__(self, fd: Callable[[], int], info: wire.RegionInfo, areas: tuple[tuple[int, int], ...]) -> None:
