@@ -36,20 +36,22 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def outside() -> Iterator[Namespace | None]:
-    """A network namespace on this side of the switch; None, with the reason printed, where the machine forbids it."""
-    try:
-        with Lab(NamespaceSpec("outside", "10.77.0.1/24")) as lab:
+def outside() -> Iterator[Namespace | str]:
+    """A network namespace on this side of the switch, or why the machine allows none."""
+    with ExitStack() as stack:
+        try:
+            lab = stack.enter_context(Lab(NamespaceSpec("outside", "10.77.0.1/24")))
+        except UnavailableError as error:
+            yield str(error)
+        else:
             yield lab.namespaces[0]
-    except UnavailableError as error:
-        print(f"no namespaces: {error}")
-        yield None
 
 
 @pytest.fixture(scope="session")
-def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]:
+def guest_server(programs: Tools, outside: Namespace | str) -> Iterator[Server]:
     """The server of the guest's card, whose switch has a port in the namespace outside."""
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), outside.tap.fd if outside else -1) as server:
+    tap = -1 if isinstance(outside, str) else outside.tap.fd
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), tap) as server:
         yield server
 
 
