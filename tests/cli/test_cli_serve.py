@@ -45,6 +45,7 @@ def test_it_says_one_line_when_it_is_ready_and_ends_well_by_a_signal(tmp_path: P
         assert line(process) == f"serving embedded:nic0 at {tmp_path}/a\n"
         with RawClient(tmp_path / "a") as client:
             assert client.read(0, 0, 4) == MAGIC
+            assert line(process) == f"{tmp_path}/a: process {os.getpid()} of user {os.geteuid()} has the device\n"
             process.send_signal(number)
             assert client.ended()
         assert rest(process)[0] == ""
@@ -64,7 +65,12 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
             with RawClient(tmp_path / "b") as second:
                 assert second.greeted[0] == 16
             assert "has a client already" in json.loads(line(process))["reason"]
-        assert json.loads(line(process)) == {**attached, "event": "detached", "reason": "the client has closed the connection"}
+        assert json.loads(line(process)) == {
+            **attached,
+            "event": "detached",
+            "reason": "the client has closed the connection",
+            "faults": 0,
+        }
         process.terminate()
         assert rest(process) == ("", "")
         assert process.returncode == 0

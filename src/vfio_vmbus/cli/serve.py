@@ -167,8 +167,19 @@ def _watch(events: SimpleQueue[ServerEvent | None], seconds: float | None, as_js
             break
         if as_json:
             print(json.dumps(_as_object(event)), flush=True)
+        elif event.kind != "listening":
+            print(_as_line(event), flush=True)
         if event.kind == "detached" and idle():
             break
+
+
+def _as_line(event: ServerEvent) -> str:
+    who = f"process {event.peer.pid} of user {event.peer.uid}" if event.peer else "somebody"
+    if event.kind == "attached":
+        return f"{event.place}: {who} has the device"
+    what = "has gone" if event.kind == "detached" else "was turned away"
+    faults = f"; it reached for memory that it had not mapped: {event.faults} times" if event.faults else ""
+    return f"{event.place}: {who} {what} ({event.reason}){faults}"
 
 
 def _as_object(event: ServerEvent) -> dict[str, Any]:
@@ -177,4 +188,6 @@ def _as_object(event: ServerEvent) -> dict[str, Any]:
         told |= {"pid": event.peer.pid, "uid": event.peer.uid}
     if event.reason:
         told["reason"] = event.reason
+    if event.kind == "detached":
+        told["faults"] = event.faults
     return told

@@ -170,6 +170,10 @@ class Edu:
         self._config.reset()
         self._clear()
 
+    @property
+    def fault_count(self) -> int:
+        return self._domain.fault_count
+
     def release(self) -> None:
         self.reset()
         for interrupt in self._interrupts.values():

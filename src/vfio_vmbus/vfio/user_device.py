@@ -49,6 +49,10 @@ class ServedDevice(Protocol):
     pci: bool
     max_maps: int
 
+    @property
+    def fault_count(self) -> int:
+        """Accesses to the client's memory that were refused, since the device was made."""
+
     def region_size(self, region: int) -> int:
         """Bytes of a region."""
 
@@ -120,6 +124,10 @@ class FunctionDevice:
         self.irqs = function.irqs
         self.pci = function.pci
         self.max_maps = function.domain.max_maps
+
+    @property
+    def fault_count(self) -> int:
+        return self.function.domain.fault_count
 
     def region_size(self, region: int) -> int:
         window = self.function.windows.get(region)

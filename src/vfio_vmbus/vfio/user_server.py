@@ -33,12 +33,16 @@ _KNOWN_STRANGERS: Final = 1024
 
 @dataclass(frozen=True)
 class ServerEvent:
-    """What happened at `place`: it is listened there; a client has the device; it has gone, or was turned away, and why."""
+    """What happened at `place`: it is listened there; a client has the device; it has gone, or was turned away, and why.
+
+    faults: accesses to memory that were refused while a client had the device, once it has gone.
+    """
 
     kind: Literal["listening", "attached", "detached", "refused"]
     place: str
     peer: Peer | None = None
     reason: str = ""
+    faults: int = 0
 
 
 class _Place:
@@ -179,6 +183,8 @@ class _Session:
         self._peer = peer
         self._events = events
         self._attached = False
+        self._device: ServedDevice | None = None
+        self._faults_before = 0
         name = f"{place.name}, process {peer.pid}"
         place.waiting += 1
         self._greeting = loop.call_later(GREETING_SECONDS, self._silent)
@@ -191,6 +197,7 @@ class _Session:
             raise RefusedError(f"{self._place.name}: the device has a client already", errno.EBUSY)
         device = self._place.claim(client)
         self._place.taken = self._attached = True
+        self._device, self._faults_before = device, device.fault_count
         self._place.waiting -= 1
         self._greeting.cancel()
         self._events(ServerEvent("attached", self._place.name, self._peer))
@@ -206,4 +213,6 @@ class _Session:
             self._place.taken = False
         else:
             self._place.waiting -= 1
-        self._events(ServerEvent("detached" if self._attached else "refused", self._place.name, self._peer, reason))
+        kind: Literal["detached", "refused"] = "detached" if self._attached else "refused"
+        faults = self._device.fault_count - self._faults_before if self._device is not None else 0
+        self._events(ServerEvent(kind, self._place.name, self._peer, reason, faults))
