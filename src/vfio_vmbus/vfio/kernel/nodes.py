@@ -97,7 +97,9 @@ class Roots:
                 file.write(text)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise UnavailableError(f"{path} cannot be written by uid {os.geteuid()} ({error.strerror}): run as root") from error
+                raise UnavailableError(
+                    f"{path} cannot be written by uid {os.geteuid()} ({error.strerror}): run as root"
+                ) from error
             raise UnavailableError(f"{path} does not take {text.strip()!r}: {error.strerror}") from error
 
     def not_viable(self, group: int) -> str:
