@@ -22,7 +22,7 @@ from types import TracebackType
 from vfio_vmbus.errors import ProtocolError, UsageError, VfioVmbusError, WaitTimeout
 from vfio_vmbus.iommu.dma import DmaBuffer, DmaSpace
 from vfio_vmbus.vfio import eventfd
-from vfio_vmbus.vfio.device import BAR0_REGION, Device
+from vfio_vmbus.vfio.device import BAR0_REGION, Device, Irq
 from vfio_vmbus.wire.vfio import DMA_READ, DMA_WRITE, IRQ_INTX, IRQ_MSI
 
 IDENTIFICATION = 0x00  # 0x??????ed
@@ -71,7 +71,7 @@ class Edu:
             stack.callback(self.irq.disable, 0)
             self._resources = stack.pop_all()
 
-    def _interrupt(self):  # type: ignore[no-untyped-def]
+    def _interrupt(self) -> Irq:
         try:
             return self.device.irq(IRQ_MSI)
         except UsageError:
@@ -154,7 +154,8 @@ def show(device: Device) -> Iterator[str]:
         yield f"edu {edu.version >> 8}.{edu.version & 0xFF} at {device.info.name}, isolated by: {device.info.isolation}"
         assert edu.alive(0x1234_5678)
         yield "it is alive: it inverts what it is told"
-        assert (found := edu.factorial(10)) == 3628800
+        found = edu.factorial(10)
+        assert found == 3628800
         yield f"10! = {found}, and an interrupt came when it was there"
         edu.interrupt(0x42)
         edu.wait(0x42)

@@ -126,7 +126,7 @@ def _give(address: str, driver: str | None, override: str | None, roots: Roots) 
 
 def _restore(binding: Binding, path: Path, roots: Roots) -> None:
     """Put back what was there. The earlier driver is named for the probe, as others might claim the device as well."""
-    _give(binding.address, binding.driver_before, binding.override_before or binding.driver_before, roots)
+    _give(binding.address, binding.driver_before, binding.driver_before or binding.override_before, roots)
     roots.write(roots.device(binding.address) / "driver_override", binding.override_before or _NO_OVERRIDE)
     path.unlink(missing_ok=True)
 

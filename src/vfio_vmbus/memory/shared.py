@@ -54,6 +54,8 @@ def require_sealed(fd: int) -> int:
     Memory that can be taken away while it is mapped kills whoever touches it (SIGBUS), so nothing else is ever mapped. Huge pages are
     refused for that reason, too: a hole punched into them stays one when the pool is empty, seals or not.
     """
+    if fd < 0:
+        raise DmaError(f"descriptor {fd} is none: only sealed memfds are mapped")
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:

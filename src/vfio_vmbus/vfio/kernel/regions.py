@@ -78,7 +78,7 @@ class KernelRegion(Region):
             self._doorbells[offset] = bell
         return self._doorbells[offset]
 
-    def map(self, offset: int, size: int) -> Mapping:
+    def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
         """As `Region.map`. What is mapped keeps the device open: close it before the device.
 
         Registers are accessed by `memory.access` in kernels, or by a ctypes integer `from_address`, which is one access; not by slices.
@@ -89,7 +89,8 @@ class KernelRegion(Region):
         if not any(start <= offset and offset + size <= start + length for start, length in self.areas):
             return super().map(offset, size)
         try:
-            return Mapping([Piece(fd, self._base + offset, size, bool(self.flags & REGION_WRITE))], populate=False)
+            piece = Piece(fd, self._base + offset, size, bool(self.flags & REGION_WRITE))
+            return Mapping([piece], wrap_from=wrap_from, populate=False)
         except OSError as error:
             raise UnavailableError(f"{size:#x} bytes at {offset:#x} of region {self.index} cannot be mapped: {error}") from error
 
