@@ -32,7 +32,9 @@ class SysfsTree(Roots):
         return tree
 
     def add_driver(self, name: str, *claims: tuple[int, int]) -> None:
-        (self.sysfs / "bus/pci/drivers" / name).mkdir()
+        folder = self.sysfs / "bus/pci/drivers" / name
+        folder.mkdir()
+        (folder / "unbind").touch()
         self.claims[name] = set(claims)
 
     def add_device(

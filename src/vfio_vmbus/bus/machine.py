@@ -99,7 +99,8 @@ def make_state_folder(folder: Path) -> None:
 
 
 def number(text: str | None, base: int = 10) -> int | None:
-    """ "17" is 17, "0x1414" with base 16 too, and anything else None: also what int() alone would take, as "1_0" or other scripts' digits."""
+    """ "17" is 17, "0x1414" with base 16 too, and anything else None: also what int() alone would take, as "1_0" or other
+    scripts' digits."""
     if text is None or len(text) > 20 or not text.isascii() or "_" in text:
         return None
     try:
