@@ -107,6 +107,14 @@ def check_writable(seat: Seat, driver: str | None) -> None:
             raise UnavailableError(f"{path} {what}: run as root, on a machine (or container) whose /sys is writable")
 
 
+def check_back(seat: Seat, binding: Binding) -> None:
+    """Can the device have again what it had? Raises UnavailableError."""
+    before = binding.driver_before
+    if before is not None and not seat.driver_folder(before).is_dir():
+        raise UnavailableError(f"{seat.name} had driver {before} before, which is not loaded: modprobe {before}")
+    check_writable(seat, before)
+
+
 @contextmanager
 def alone(seat: Seat) -> Iterator[None]:
     """Nobody else binds devices of this bus with this program meanwhile. Raises UnavailableError: not root, or somebody does, for 10 s.
@@ -173,10 +181,7 @@ def give_back(seat: Seat, state: Path | None) -> Binding:
         binding = record.read()
         if binding is None:
             raise UsageError(f"{seat.name} was not bound here: {record.path} is not there; it has {seat.driver() or 'no driver'}")
-        if binding.driver_before is not None and not seat.driver_folder(binding.driver_before).is_dir():
-            before = binding.driver_before
-            raise UnavailableError(f"{seat.name} had driver {before} before, which is not loaded: modprobe {before}")
-        check_writable(seat, binding.driver_before)
+        check_back(seat, binding)
         _restore(seat, binding, record)
     now = seat.driver()
     if now != binding.driver_before:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Route:
     metric: int
 
 
-def reasons(target: Target, machine: Machine = Machine(), environment: dict[str, str] | None = None) -> list[str]:  # noqa: B008
+def reasons(target: Target, machine: Machine = Machine(), environment: Mapping[str, str] | None = None) -> list[str]:  # noqa: B008
     """Why this device should stay with its driver; each names what would be lost. environment: of this process."""
     here = target.folder(machine)
     found = [*_networks(here, machine, environment or {}), *_disks(here, machine)]
@@ -49,7 +49,7 @@ def interfaces_below(here: Path, kind: str, machine: Machine) -> list[str]:
     return [name for name in machine.names(folder) if here in real(folder / name).parents]
 
 
-def _networks(here: Path, machine: Machine, environment: dict[str, str]) -> Iterator[str]:
+def _networks(here: Path, machine: Machine, environment: Mapping[str, str]) -> Iterator[str]:
     mine = interfaces_below(here, "net", machine)
     table = routes(machine)
     default = {route.interface for route in table if route.to.prefixlen == 0}
@@ -137,7 +137,7 @@ def _towards(address: str, table: list[Route], machine: Machine) -> set[str]:
     return found
 
 
-def _logins(machine: Machine, environment: dict[str, str]) -> Iterator[str]:
+def _logins(machine: Machine, environment: Mapping[str, str]) -> Iterator[str]:
     """The two addresses of SSH_CONNECTION, from this process's environment or, as sudo takes it away, from that of the processes
     above it."""
     for value in (environment.get("SSH_CONNECTION", ""), *_inherited(machine)):

@@ -46,7 +46,7 @@ class Item:
 
 def items(machine: Machine = Machine()) -> list[Item]:  # noqa: B008  (frozen)
     """Everything, the devices of VMBus first."""
-    found = [_of_vmbus(device, machine) for device in vmbus.devices(machine)]
+    found = [of_vmbus(device, machine) for device in vmbus.devices(machine)]
     found += [of_pci(device, machine) for device in pci.devices(machine) if in_user_space(device)]
     return found + _served(machine) + [_of_use(use) for use in unsafe_uses(machine)]
 
@@ -99,7 +99,8 @@ def of_pci(device: PciDevice, machine: Machine) -> Item:
     )
 
 
-def _of_vmbus(device: SysfsDevice, machine: Machine) -> Item:
+def of_vmbus(device: SysfsDevice, machine: Machine) -> Item:
+    """A VMBus device, whoever drives it."""
     why = {
         None: "nobody drives it",
         Isolation.UNSAFE: NO_IOMMU_OF_VMBUS,
