@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import UnavailableError, UsageError, VfioVmbusError
-from . import binding, demo, listing, net, serve
+from . import audit, binding, demo, doctor, listing, net, serve
 
 app = typer.Typer(
     name="vfio-vmbus",
@@ -31,6 +31,8 @@ app.command("list")(listing.list_devices)
 app.command("serve")(serve.serve)
 app.command("bind")(binding.bind)
 app.command("unbind")(binding.unbind)
+app.command("audit")(audit.audit)
+app.command("doctor")(doctor.doctor)
 app.add_typer(net.app, name="net")
 
 
