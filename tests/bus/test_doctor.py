@@ -106,7 +106,8 @@ def test_no_rawio(here: Machine) -> None:
 def test_locked_memory(here: Machine) -> None:
     put(
         here.proc / "self/limits",
-        "Limit                     Soft Limit           Hard Limit           Units\nMax locked memory         8388608              8388608              bytes\n",
+        "Limit                     Soft Limit           Hard Limit           Units\n"
+        "Max locked memory         8388608              8388608              bytes\n",
     )
     assert missing(here, CARD) == []  # CAP_IPC_LOCK
     put(here.proc / "self/status", f"CapEff:\t{1 << 17:016x}\n")

@@ -88,7 +88,7 @@ def of_pci(device: PciDevice, machine: Machine) -> Item:
     nodes = tuple(holders.nodes_of(here, machine))
     return Item(
         device=f"pci:{device.address}",
-        kind=f"{device.vendor:04x}:{device.device:04x} class {device.class_code >> 8:04x}",
+        kind=f"{device.vendor:04x}:{device.device:04x}",
         instance=None,
         driver=device.driver,
         shows=tuple(machine.names(here / "uio")),

@@ -78,7 +78,7 @@ def _print(found: list[Item]) -> None:
     from ..bus.machine import Machine
     from ..bus.policy import Isolation
 
-    columns = ("device", "class", "driver", "shows", "channels", "rings KiB", "monitor", "isolation")
+    columns = ("device", "class", "driver", "shows", "chan", "rings KiB", "monitor", "isolation")
     print_table("", columns, [_cells(item) for item in found])
     for item in found:
         if item.isolation not in (None, Isolation.KERNEL):
@@ -95,7 +95,7 @@ def _cells(item: Item) -> list[str]:
     rings = (details.get("ring_out"), details.get("ring_in"))
     monitor = details.get("monitor")
     return [
-        item.device,
+        item.device.removeprefix("vmbus:").removeprefix("pci:"),
         item.kind,
         item.driver or "-",
         " ".join(item.shows) or "-",
