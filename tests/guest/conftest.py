@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
 from .packages import CACHE, Tools, tools
-from .run import Guest, edu_device
+from .run import Guest, edu_device, user_device
+from .server import Server
 
 PAYLOADS = Path(__file__).with_name("payloads")
 
@@ -33,9 +35,29 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def guest(programs: Tools) -> Iterator[Guest]:
-    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS."""
+def outside() -> Iterator[Namespace | None]:
+    """A network namespace on this side of the switch; None, with the reason printed, where the machine forbids it."""
+    try:
+        with Lab(NamespaceSpec("outside", "10.77.0.1/24")) as lab:
+            yield lab.namespaces[0]
+    except UnavailableError as error:
+        print(f"no namespaces: {error}")
+        yield None
+
+
+@pytest.fixture(scope="session")
+def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]:
+    """The server of the guest's card, whose switch has a port in the namespace outside."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), outside.tap.fd if outside else -1) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
+    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS and what our server serves: the card, and an edu."""
     kernels = compiled(CACHE / "kernels")
-    with tempfile.TemporaryDirectory(prefix="guest-") as folder, Guest(programs, Path(folder), kernels, edu_device()) as guest:
+    devices = [*edu_device(), *user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7)]
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Guest(programs, Path(folder), kernels, devices) as guest:
+        guest_server.event("attached")
         print(guest.hello)
         yield guest

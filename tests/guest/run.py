@@ -26,6 +26,7 @@ PRELOAD = ("vfio_vmbus.channel.offered", "vfio_vmbus.drivers.netvsc.driver")
 
 EDU_ADDRESS = "0000:00:05.0"
 USER_ADDRESS = "0000:00:04.0"
+USER_EDU_ADDRESS = "0000:00:07.0"
 
 
 def edu_device() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .embedded import JsonOption
+from .card import JsonOption
 from .output import print_json, print_table
 
 if TYPE_CHECKING:

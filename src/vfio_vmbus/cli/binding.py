@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .embedded import JsonOption
+from .card import JsonOption
 from .output import print_json
 
 if TYPE_CHECKING:

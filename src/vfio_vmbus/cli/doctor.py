@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .embedded import JsonOption
+from .card import JsonOption
 from .output import print_json
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .embedded import JsonOption, SecondsOption
+from .card import JsonOption, SecondsOption
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def list_devices(
     """List VMBus devices and their isolation.
 
     First what --device takes here, then VMBus devices, PCI devices in the hands of user space, served ones, and processes that
-    use something
-    unsafe. Isolation: isolated (by an IOMMU, the machine's or ours), no-DMA, unsafe (see docs/unsafe.md), or kernel (the kernel drives it).
+    use something unsafe. Isolation: isolated (by an IOMMU, the machine's or ours), no-DMA, unsafe (see docs/unsafe.md), or
+    kernel (the kernel drives it).
 
     Example: vfio-vmbus list --watch
     """
