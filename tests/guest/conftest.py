@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
 from .packages import CACHE, Tools, tools
-from .run import Guest, edu_device, user_device
+from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
 from .server import Server
 
 PAYLOADS = Path(__file__).with_name("payloads")
@@ -54,10 +55,12 @@ def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
-    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS and what our server serves: the card, and an edu."""
+    """A guest that has booted, with what our server serves, a card and an edu, and QEMU's own edu, NVMe controller and a bridge."""
     kernels = compiled(CACHE / "kernels")
-    devices = [*edu_device(), *user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7)]
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Guest(programs, Path(folder), kernels, devices) as guest:
+    devices = [*user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7), *edu_device()]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rig-")))
+        guest = stack.enter_context(Guest(programs, folder, kernels, [*devices, *nvme_device(folder), *bridged_devices()]))
         guest_server.event("attached")
         print(guest.hello)
         yield guest

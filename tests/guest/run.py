@@ -25,6 +25,10 @@ BOOT_SECONDS = 180.0
 PRELOAD = ("vfio_vmbus.channel.offered", "vfio_vmbus.drivers.netvsc.driver")
 
 EDU_ADDRESS = "0000:00:05.0"
+NVME_ADDRESS = "0000:00:06.0"
+NVME_VECTORS = 2048
+NVME_SERIAL = "vfio-vmbus"
+BRIDGED_ADDRESSES = ("0000:01:01.0", "0000:01:02.0", "0000:01:03.0")
 USER_ADDRESS = "0000:00:04.0"
 USER_EDU_ADDRESS = "0000:00:07.0"
 
@@ -32,6 +36,21 @@ USER_EDU_ADDRESS = "0000:00:07.0"
 def edu_device() -> list[str]:
     """QEMU's options for its educational PCI device, at EDU_ADDRESS."""
     return ["-device", "edu,addr=5.0"]
+
+
+def nvme_device(folder: Path) -> list[str]:
+    """QEMU's options for an NVMe controller with many interrupts, which the guest's kernel has a driver for, at NVME_ADDRESS."""
+    disk = folder / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    drive = f"file={disk},if=none,id=disk,format=raw"
+    return ["-drive", drive, "-device", f"nvme,drive=disk,serial={NVME_SERIAL},addr=6.0,msix_qsize={NVME_VECTORS}"]
+
+
+def bridged_devices() -> list[str]:
+    """QEMU's options for devices behind one bridge, which the IOMMU does not keep apart: two edus, and a virtio device, which the
+    guest's kernel has a driver for; at BRIDGED_ADDRESSES."""
+    bridge = ["-device", "pcie-pci-bridge,id=bridge,addr=8.0", "-device", "virtio-rng-pci,bus=bridge,addr=3"]
+    return [*bridge, "-device", "edu,bus=bridge,addr=1", "-device", "edu,bus=bridge,addr=2"]
 
 
 def user_device(where: Path, name: str = "vu0", slot: int = 4) -> list[str]:

@@ -9,9 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .process import PATIENCE, Program, RigError
-
-_SOURCES = Path(__file__).resolve().parents[2] / "src"
+from .process import PATIENCE, SOURCES, Program, RigError
 
 
 class Server:
@@ -34,7 +32,7 @@ class Server:
             fds = [theirs.fileno(), *([self._tap] if self._tap >= 0 else [])]
             script = str(Path(__file__).with_name("server_program.py"))
             command = [sys.executable, script, str(self.path), str(self.edu_path), str(theirs.fileno()), str(self._tap)]
-            self.program = Program("the server", command, self._log, {"PYTHONPATH": str(_SOURCES)}, fds)
+            self.program = Program("the server", command, self._log, SOURCES, fds)
         self._socket = ours
         self._socket.settimeout(PATIENCE)
         self._lines = ours.makefile("rb")

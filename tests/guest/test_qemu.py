@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from vfio_vmbus.wire import vmbus
 
 from .packages import Tools
-from .process import PATIENCE
+from .process import PATIENCE, SOURCES, Program
 from .qmp import QmpError
 from .qtest import QtestMachine
 from .run import user_device
@@ -160,6 +161,9 @@ def test_a_dma_outside_of_the_maps_is_refused_and_counted(machine: QtestMachine,
     machine.write32(BAR0 + CONTROL, 1)
     assert machine.read32(BAR0 + STATUS) == 2
     assert machine.read32(BAR0 + ERROR) == 2
+    status = server.status()
+    assert status["fault_count"] == 1
+    assert (status["faults"][0]["iova"], status["faults"][0]["reason"]) == (1 << 32, "not mapped")
 
 
 def test_a_reset_of_the_machine_resets_the_function(machine: QtestMachine, server: Server) -> None:
@@ -205,3 +209,21 @@ def test_a_killed_qemu_leaves_the_device_free_for_the_next(programs: Tools, shor
             machine.program.wait()
             server.event("detached")
             assert not server.status()["client"]
+
+
+def test_the_command_line_serves_qemu(programs: Tools, short_folder: Path) -> None:
+    path, log = short_folder / "nic0", short_folder / "serve.log"
+    command = [sys.executable, "-m", "vfio_vmbus", "serve", "--listen", str(path), "--json"]
+    serve = Program("vfio-vmbus serve", command, log, SOURCES)
+    try:
+        serve.until("listening", lambda: path.exists() or None)
+        with QtestMachine(programs, short_folder, *user_device(path)) as machine:
+            wake(machine)
+            assert start_admin_ring(machine) == 1
+            serve.until("attached", lambda: '"attached"' in log.read_text() or None)
+        serve.until("detached", lambda: '"detached"' in log.read_text() or None)
+        serve.kill(signal.SIGTERM)
+        assert serve.wait() == 0
+        assert not path.exists()
+    finally:
+        serve.end()

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import UnavailableError, UnsafeError
 from ..vfio.kernel.nodes import NOIOMMU_SWITCH, Roots, full_address
 from . import handover, pci
-from .records import Binding, state_folder
+from .records import Binding, Record, state_folder
 
 __all__ = ["Binding", "Guard", "bind", "state_folder", "unbind"]
 
@@ -31,11 +31,9 @@ def bind(
 ) -> Binding:
     """Give the device to `driver`, whoever has it. Bound a second time it still remembers what was there first.
 
-    guards: are asked before anything is touched. unsafe: a driver of VFIO may have it without an IOMMU, if the kernel allows
-    that. Raises UsageError for what
-    is no address; UnavailableError: no such device, no such driver loaded, no IOMMU group (for a driver of VFIO), not root, or
-    the driver does
-    not take it, in which case everything is put back.
+    guards: are asked before anything is touched. unsafe: a driver of VFIO may have it without an IOMMU, if the kernel allows that.
+    Raises UsageError for what is no address; UnavailableError: no such device, no such driver loaded, no IOMMU group (for a driver of
+    VFIO), in use through VFIO, not root, or the driver does not take it, when all is put back.
     """
     device = pci.look(address, roots)
     seat = _seat(device, roots)
@@ -44,6 +42,8 @@ def bind(
         _check_iommu(device, roots, unsafe)
     for guard in guards:
         guard(device)
+    if device.driver != driver:
+        _check_unused(device, roots)
     handover.check_writable(seat, driver)
     return handover.hand_over(seat, driver, state)
 
@@ -57,18 +57,27 @@ def unbind(
 ) -> Binding:
     """Put back what the device had before `bind`: its driver, or none, and its driver_override.
 
-    Raises UsageError for a device that was not bound here, UnavailableError as `bind`, and where the earlier driver does not take it back.
+    Raises UsageError for a device that was not bound here, UnavailableError as `bind`, and where the driver of before does not take it.
     """
     address = full_address(address)
     roots.device(address)
     device = pci.look(address, roots)
     for guard in guards:
         guard(device)
+    bound = Record(address, state).read()
+    if bound is not None and device.driver != bound.driver_before:
+        _check_unused(device, roots)
     return handover.give_back(_seat(device, roots), state)
 
 
 def _seat(device: pci.PciDevice, roots: Roots) -> handover.Seat:
     return handover.Seat("pci", device.address, roots, device.name)
+
+
+def _check_unused(device: pci.PciDevice, roots: Roots) -> None:
+    """Taken from a driver of VFIO's while a process has it open, the kernel would wait for that process, without an end."""
+    if "vfio" in (device.driver or "") and roots.in_use(device.address):
+        raise UnavailableError(f"{device.address} is in use: a process has its IOMMU group open; end that first")
 
 
 def _check_iommu(device: pci.PciDevice, roots: Roots, unsafe: bool) -> None:

@@ -18,7 +18,7 @@ from vfio_vmbus.testing.attacker import Attacker
 from vfio_vmbus.testing.hostile import ATTACKS
 from vfio_vmbus.vfio.kernel import KernelDevice
 
-NOWHERE = 1 << 32
+NOWHERE = 3 << 36
 """An IOVA that no driver maps here."""
 
 

@@ -10,24 +10,9 @@
 docs/kernel-vfio.md shows how to use it, by an example.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from .container import Container
-    from .device import KernelDevice
-    from .iommufd import Ioas
-    from .space import AddressSpace
+from .container import Container
+from .device import KernelDevice
+from .iommufd import Ioas
+from .space import AddressSpace
 
 __all__ = ["AddressSpace", "Container", "Ioas", "KernelDevice"]
-
-_HOMES: Final = {"AddressSpace": "space", "Container": "container", "Ioas": "iommufd", "KernelDevice": "device"}
-
-
-def __getattr__(name: str) -> Any:
-    """Imported when asked for: who only looks for devices (`nodes`) need not wait for Numba."""
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
