@@ -19,9 +19,8 @@ KNOWN = {"hv_netvsc": NETWORK, "hv_storvsc": SCSI, "hv_balloon": BALLOON}
 
 @dataclass(frozen=True)
 class VmbusKernel(Machine):
-    """claims: classes that a driver has by itself; taught: those that new_id gave it. refuses: (driver, device) whose probe
-    fails. written: what
-    was, in order. deaf: a file that takes nothing from its n-th write on."""
+    """claims: classes that a driver has by itself; taught: those that new_id gave it. refuses: (driver, device) whose probe fails.
+    written: what was, in order. deaf: a file that takes nothing from its n-th write on."""
 
     claims: dict[str, set[str]] = field(default_factory=dict)
     taught: dict[str, set[str]] = field(default_factory=dict)

@@ -48,8 +48,7 @@ def assign(
     IOMMU is meant.
 
     Refuses what carries the default route or the login, is mounted or open, unless force. Raises UsageError, UnavailableError,
-    UnsafeError; then
-    everything is as it was, except where driverctl failed after the device was bound: the message says so.
+    UnsafeError; then everything is as it was.
     """
     target = resolve(text, machine)
     driver = driver or DRIVERS[target.bus]

@@ -1,7 +1,7 @@
 """Who drives a PCI device: bind it to a driver such as vfio-pci, and put back what was there. `vmbus_binding` does it for VMBus.
 
-By driver_override, which concerns this one device only; new_id would claim every device of its kind, now and later.
-What was there is kept in a file until `unbind`, so that another process can put it back.
+By driver_override, which concerns this one device only; new_id would claim every device of its kind, now and later. What was there is
+kept in a file until `unbind`, so that another process can put it back.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Taking a device from its driver, giving it to another one, and putting back what was there: for any bus with driver_override.
 
 By driver_override, which concerns one device only. Where the VMBus of an old kernel (before 4.18) has none, the driver is told the
-device's class by new_id, and made to forget it right after, as it would claim every device of that class. Source:
-drivers/base/bus.c, drivers/hv/vmbus_drv.c,
-Documentation/ABI/testing/sysfs-bus-pci of Linux 6.12.
+device's class by new_id, and made to forget it right after, as it would claim every device of that class. Source: drivers/base/bus.c,
+drivers/hv/vmbus_drv.c, Documentation/ABI/testing/sysfs-bus-pci of Linux 6.12.
 """
 
 from __future__ import annotations

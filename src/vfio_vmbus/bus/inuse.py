@@ -1,8 +1,7 @@
 """What a machine would lose with a device: its default route, the remote login, what is mounted or swapped to, whoever has it open.
 
 Source: Documentation/filesystems/proc.rst (net/route, net/ipv6_route, net/if_inet6, mountinfo, swaps),
-Documentation/ABI/testing/sysfs-class-net and
-sysfs-block of Linux 6.12.
+Documentation/ABI/testing/sysfs-class-net and sysfs-block of Linux 6.12.
 """
 
 from __future__ import annotations

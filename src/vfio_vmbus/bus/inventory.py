@@ -27,10 +27,9 @@ NO_IOMMU_OF_VMBUS: Final = "VMBus has no IOMMU: the driver can name any page of 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of `list`. device: "vmbus:NAME", "pci:ADDRESS", "socket:PATH" or "process:PID"; kind: what it is; shows: what the
-    system knows it as; why: of its
-    isolation, which is None for a device that nobody drives; nodes: files through which user space drives it; details: the rest,
-    for machines."""
+    """One line of `list`. device: "vmbus:NAME", "pci:ADDRESS", "socket:PATH" or "process:PID"; kind: what it is; shows: what the system
+    knows it as; why: of its isolation, which is None for a device that nobody drives; nodes: files through which user space drives it;
+    details: the rest, for machines."""
 
     device: str
     kind: str

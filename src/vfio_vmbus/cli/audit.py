@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def audit(as_json: JsonOption = False) -> None:
     """Say what on this machine is unsafe.
 
-    Every device that user space drives, who has it open, its isolation and why; the kernel's taint; settings that weaken
-    isolation; what to do.
-    Exit status 1 if something unsafe was found. Run as root to see all of it: what could not be seen is said.
+    Every device that user space drives, who has it open, its isolation and why; the kernel's taint; settings that weaken isolation; what
+    to do. Exit status 1 if something unsafe was found. Run as root to see all of it: what could not be seen is said.
 
     Example: vfio-vmbus audit --json
     """

@@ -39,9 +39,8 @@ def bind(
 ) -> None:
     """Give a device to a driver of user space.
 
-    A VMBus device to uio_hv_generic (unsafe: see docs/unsafe.md), a PCI device to vfio-pci, if nothing else is said. What it had
-    is remembered
-    for unbind. Whatever fails, it has again what it had.
+    A VMBus device to uio_hv_generic (unsafe: see docs/unsafe.md), a PCI device to vfio-pci, if nothing else is said. What it had is
+    remembered for unbind. Whatever fails, it has again what it had.
 
     Example: vfio-vmbus bind eth1 --driver uio_hv_generic
     """
