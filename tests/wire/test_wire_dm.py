@@ -1,5 +1,7 @@
 """Dynamic memory: messages that say their size, ranges that must add up, page numbers as ranges; and the monitor page's bits."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +99,7 @@ def test_info_says_the_most_pages():
 def test_spans_are_the_pages_and_no_two_touch(pages):
     spans = list(dm.spans(pages))
     assert [page for span in spans for page in range(span.start_page, span.start_page + span.page_count)] == pages
-    for first, second in zip(spans, spans[1:], strict=False):
+    for first, second in pairwise(spans):
         assert first.start_page + first.page_count < second.start_page
 
 

@@ -20,6 +20,7 @@ from ..vfio.function import PciFunction
 from ..vfio.inprocess import InProcessDevice
 from ..vfio.registers import ERROR_GONE
 from ..wire.vmbus import ChannelOffer
+from .balloon import Balloon
 from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .switch.switch import Switch
@@ -47,6 +48,7 @@ class EmbeddedHost:
         self.name = name
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
+        self.balloons: dict[str, Balloon] = {}
         self._connections: dict[PciFunction, Connection] = {}
         self._used: set[Vsp] = set()
         self._number = 0
@@ -61,6 +63,13 @@ class EmbeddedHost:
     def add_nic(self, name: str | None = None, mac: bytes | None = None, **options: Any) -> Netvsp:
         """Put a network card on the switch; options as of Netvsp. Raises UsageError for a name that is taken."""
         return self.run(lambda: self._add_nic(name, mac, options))
+
+    def add_balloon(self, name: str = "balloon0", **options: Any) -> Balloon:
+        """A balloon, to take memory from a guest and give it back; options as of Balloon. Raises UsageError for a name that is taken."""
+        if name in self.balloons:
+            raise UsageError(f"{self.name} has a balloon {name} already")
+        self.balloons[name] = Balloon(name=name, **options)
+        return self.balloons[name]
 
     def attach(self, *devices: Vsp, name: str | None = None) -> InProcessDevice:
         """A PCI function that offers these devices to one client, as a VFIO device.

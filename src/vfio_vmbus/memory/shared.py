@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -9,6 +10,11 @@ from collections.abc import Sequence
 
 from ..errors import DmaError, UsageError
 from .mapping import PAGE, Mapping, Piece
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+_PUNCH_HOLE = 0x3
+"""FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE"""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -79,3 +85,10 @@ def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None, popul
         return Mapping(pieces, wrap_from=wrap_from, populate=populate)
     except OSError as error:
         raise DmaError(f"these {len(pieces)} pieces of memory cannot be mapped side by side: {error}") from error
+
+
+def discard(piece: Piece) -> None:
+    """Give the pages of a piece back to the machine; whoever reads them next sees zeros. Raises DmaError where the file cannot."""
+    if _libc.fallocate(piece.fd, _PUNCH_HOLE, piece.offset, piece.size):
+        reason = os.strerror(ctypes.get_errno())
+        raise DmaError(f"{piece.size} bytes at {piece.offset} of descriptor {piece.fd} cannot be discarded: {reason}")
