@@ -6,11 +6,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-guest check bench clean
 
 help:
 	@echo "make demo   real traffic through a VMBus NIC owned by user space, then attacks on its host"
 	@echo "make test   the tests, fast ones first"
+	@echo "make test-guest  tests with QEMU and a Linux guest, whose programs are fetched from Debian's mirror (minutes)"
 	@echo "make check  lint, types, import rules"
 	@echo "make bench  measurements against C yardsticks: table, build/bench/results.json and a plot"
 	@echo "make clean  remove .venv, build and caches"
@@ -44,6 +45,9 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+test-guest: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/guest
 
 bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks

@@ -17,13 +17,13 @@ from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.function import PciFunction
-from vfio_vmbus.vfio.user_connection import MAX_UNSENT, UserConnection
-from vfio_vmbus.vfio.user_core import ServerCore
+from vfio_vmbus.vfio.user_connection import ServerLimits, UserConnection
 from vfio_vmbus.vfio.user_device import FunctionDevice
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 
 IOVA = 1 << 32
+MAX_UNSENT = ServerLimits().max_unsent
 PATIENCE = 20.0
 
 
@@ -73,10 +73,9 @@ def served(client: Callable[[Client], None]) -> list[str]:
 
         def ended(reason: str) -> None:
             reasons.append(reason)
-            function.release()
             over.set()
 
-        connection = UserConnection(ours, ServerCore(FunctionDevice(function)), ended)
+        connection = UserConnection(ours, lambda client: FunctionDevice(function), ended)
         with theirs:
             await loop.run_in_executor(None, client, Client(theirs, connection, function, memory))
         await asyncio.wait_for(over.wait(), PATIENCE)

@@ -65,7 +65,7 @@ def test_the_first_answer_says_what_the_server_can_do() -> None:
         assert len(answer.payload) + 16 <= 214
         version, capabilities = decode_version(answer.payload)
         assert (version.major, version.minor) == (0, 0)
-        assert capabilities == Capabilities(max_msg_fds=16, max_data_xfer_size=1 << 16, max_dma_maps=512, write_multiple=True)
+        assert capabilities == Capabilities(max_msg_fds=16, max_data_xfer_size=1 << 16, max_dma_maps=65535, write_multiple=True)
         assert made.core.peer == PEER
 
 

@@ -17,6 +17,7 @@ from tests.fuzz.fuzz_user_core import SEEDS, fuzz_user_core
 from tests.vfio.user_rig import GREETING, Rig, rig
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.vfio import eventfd
+from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 
@@ -123,7 +124,8 @@ def test_a_second_version(served: Rig) -> None:
         (EINVAL, 3, IOVA * 2, PAGE, TOP - PAGE),
         (EINVAL, 3, IOVA * 2, 2 * PAGE, TOP - PAGE),
         (EINVAL, 3, IOVA * 2, PAGE, 8 * PAGE),
-        (EINVAL, 3, IOVA * 2, 1 << 41, 0),
+        (EINVAL, 3, IOVA * 2, 1 << 39, 0),
+        (errno.ENOSPC, 3, IOVA * 2, 1 << 41, 0),
         (errno.EEXIST, 3, IOVA, 4 * PAGE, 0),
         (errno.EEXIST, 3, IOVA + PAGE, PAGE, 0),
         (errno.EEXIST, 3, IOVA - PAGE, 2 * PAGE, 0),
@@ -141,32 +143,41 @@ def test_a_map_of_two_files(served: Rig) -> None:
     refused(served, EINVAL, wire.DMA_MAP, value.pack(), (served.memory.fd, served.memory.fd))
 
 
-def test_a_map_without_a_file(served: Rig) -> None:
-    refused(served, errno.EOPNOTSUPP, wire.DMA_MAP, wire.DmaMap(flags=3, iova=IOVA * 2, size=PAGE).pack())
+def test_rings_are_not_where_only_the_client_can_read(served: Rig) -> None:
+    """Such a map is made, as QEMU maps ROMs so; the function's admin ring cannot be there."""
+    assert served.ask(wire.DMA_MAP, wire.DmaMap(flags=3, iova=IOVA * 2, size=4 * PAGE).pack()).errno == 0
+    for offset, value in (
+        (reg.REG_ADMIN_IOVA + 4, 2),
+        (reg.REG_ADMIN_UPSTREAM, 2),
+        (reg.REG_ADMIN_DOWNSTREAM, 2),
+        (reg.REG_CONTROL, 1),
+    ):
+        head = wire.RegionAccess(offset=offset, region=0, count=4).pack()
+        assert served.ask(wire.REGION_WRITE, head + value.to_bytes(4, "little")).errno == 0
+    words = [served.function.read(offset, 4)[0] for offset in (reg.REG_STATUS, reg.REG_ERROR)]
+    assert words == [reg.STATUS_FAILED, reg.ERROR_ADMIN_MEMORY]
+    assert [fault.reason for fault in served.function.domain.faults()] == ["memory that can be copied only, not mapped"]
+    assert served.ask(wire.DMA_UNMAP, wire.DmaUnmap(iova=IOVA * 2, size=4 * PAGE).pack()).errno == 0
+    assert len(served.function.domain.maps) == 1
 
 
 def _pipe() -> list[int]:
     return list(os.pipe())
 
 
-def _unsealed() -> list[int]:
-    fd = os.memfd_create("unsealed")
-    os.ftruncate(fd, PAGE)
-    return [fd]
-
-
 @pytest.mark.parametrize(
     "make",
     [
         _pipe,
-        _unsealed,
         lambda: [os.open("/dev/zero", os.O_RDWR)],
         lambda: [os.open("/", os.O_RDONLY)],
+        lambda: [os.open("/proc/self/status", os.O_RDONLY)],
+        lambda: [os.open("/", os.O_PATH)],
         lambda: [eventfd.make()],
     ],
-    ids=["pipe", "unsealed memfd", "device", "directory", "eventfd"],
+    ids=["pipe", "device", "directory", "file of procfs", "path", "eventfd"],
 )
-def test_a_map_of_what_is_no_sealed_memory(served: Rig, make: Callable[[], list[int]]) -> None:
+def test_a_map_of_what_is_neither_memory_nor_a_file(served: Rig, make: Callable[[], list[int]]) -> None:
     fds = make()
     try:
         refused(served, EINVAL, wire.DMA_MAP, wire.DmaMap(flags=1, iova=IOVA * 2, size=PAGE).pack(), (fds[0],))
@@ -175,12 +186,21 @@ def test_a_map_of_what_is_no_sealed_memory(served: Rig, make: Callable[[], list[
             os.close(fd)
 
 
-def test_more_maps_than_there_may_be(served: Rig) -> None:
-    for number in range(1, served.core.own.max_dma_maps):
-        value = wire.DmaMap(flags=1, iova=IOVA + 8 * number * PAGE, size=PAGE)
-        assert served.ask(wire.DMA_MAP, value.pack(), [served.memory.fd]).errno == 0
-    value = wire.DmaMap(flags=1, iova=IOVA * 2, size=PAGE)
-    refused(served, errno.ENOSPC, wire.DMA_MAP, value.pack(), (served.memory.fd,))
+def test_more_maps_than_there_may_be() -> None:
+    with rig(max_maps=3) as served:
+        for number in range(3):
+            value = wire.DmaMap(flags=1, iova=IOVA + 8 * number * PAGE, size=PAGE)
+            assert served.ask(wire.DMA_MAP, value.pack(), [served.memory.fd] if number else []).errno == 0
+        value = wire.DmaMap(flags=1, iova=IOVA * 2, size=PAGE)
+        refused(served, errno.ENOSPC, wire.DMA_MAP, value.pack(), (served.memory.fd,))
+        refused(served, errno.ENOSPC, wire.DMA_MAP, value.pack())
+
+
+def test_more_bytes_than_may_be_mapped() -> None:
+    with rig(max_bytes=4 * PAGE) as served:
+        for code, pages in ((0, 3), (errno.ENOSPC, 2), (0, 1)):
+            value = wire.DmaMap(flags=1, iova=IOVA * (5 - pages), size=pages * PAGE)
+            assert served.ask(wire.DMA_MAP, value.pack(), [served.memory.fd]).errno == code
 
 
 @pytest.mark.parametrize(

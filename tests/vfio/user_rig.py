@@ -37,7 +37,7 @@ class Rig:
     def __init__(self, function: PciFunction, memory: SharedMemory) -> None:
         self.function = function
         self.memory = memory
-        self.core = ServerCore(FunctionDevice(function), max_data=1 << 16)
+        self.core = ServerCore(lambda: FunctionDevice(function), max_data=1 << 16)
         self.given: set[int] = set()
         self.reasons: list[str] = []
 
@@ -79,10 +79,10 @@ class Rig:
 
 
 @contextmanager
-def rig(*, greeted: bool = True) -> Iterator[Rig]:
-    """A rig whose client has said VERSION, unless told otherwise. Afterwards nothing of it is left."""
+def rig(*, greeted: bool = True, **limits: int) -> Iterator[Rig]:
+    """A rig whose client has said VERSION, unless told otherwise. limits: of its memory. Afterwards nothing of it is left."""
     with nothing_left(objects=False), SharedMemory(8 * PAGE) as memory:
-        function = PciFunction("function")
+        function = PciFunction("function", **limits)
         made = Rig(function, memory)
         try:
             if greeted:

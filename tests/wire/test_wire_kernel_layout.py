@@ -341,7 +341,7 @@ NOT_IN_BTF = {
     ring.PacketFooter: "a u64 in hv_ringbuffer_write, the write index in its upper half",
 }
 
-ELSEWHERE = ("pci", "vfio", "vfio_user")  # modules of other specifications: test_wire_vfio
+ELSEWHERE = ("pci", "vfio", "vfio_user", "vfio_ioctl", "iommufd")  # other specifications: test_wire_vfio, test_wire_uapi
 
 
 def member(name: str, path: str) -> tuple[int, int]:

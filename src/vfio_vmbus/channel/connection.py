@@ -65,7 +65,7 @@ class VmbusConnection:
     ) -> None:
         self.device = device
         self.timeout = timeout
-        self.space = DmaSpace(device.dma)
+        self.space = DmaSpace(device.dma, device.dma.iova_ranges)
         self.offers: dict[int, act.OfferReceived] = {}
         self.rescinded: set[int] = set()
         self._bar0 = device.region(BAR0_REGION)

@@ -59,7 +59,7 @@ def driven_card(
 ) -> Iterator[Bench]:
     """Start the embedded host with its ports, attach the card and drive it. Raises UsageError for words that make no sense."""
     name = _name_of(device)
-    _check_ports(ports or [])
+    check_ports(ports or [])
     from ..channel.offered import open_device
     from ..drivers.netvsc.driver import DEFAULT_FILTER, Netvsc
     from ..host.embedded import EmbeddedHost
@@ -71,14 +71,15 @@ def driven_card(
         device_ = stack.enter_context(open_device(host.attach(vsp)))
         accept = PACKET_TYPE_PROMISCUOUS if promiscuous else DEFAULT_FILTER
         nic = stack.enter_context(Netvsc(device_, mtu=mtu, packet_filter=accept))
-        yield Bench(host, nic, {text: _add_port(host, nic, text, stack) for text in ports or []})
+        yield Bench(host, nic, {text: add_port(host, text, stack, mtu=nic.info.mtu, mac=nic.mac) for text in ports or []})
 
 
 _KINDS = {"tap": True, "replay": True, "capture": True, "generator": None, "sink": False}
 """Kinds of ports, and whether they take an argument (None: may)."""
 
 
-def _check_ports(ports: list[str]) -> None:
+def check_ports(ports: list[str]) -> None:
+    """Raise UsageError for words that make no sense."""
     for text in ports:
         kind, _, argument = text.partition(":")
         if kind not in _KINDS:
@@ -91,7 +92,8 @@ def _check_ports(ports: list[str]) -> None:
         raise UsageError("--port: the same port twice")
 
 
-def _add_port(host: EmbeddedHost, nic: Netvsc, text: str, stack: ExitStack) -> Port:
+def add_port(host: EmbeddedHost, text: str, stack: ExitStack, *, mtu: int, mac: bytes) -> Port:
+    """Put a port on the host's switch. mtu: of a TAP. mac: of the card that a generator sends to."""
     from ..host.embedded import random_mac
 
     kind, _, argument = text.partition(":")
@@ -100,12 +102,12 @@ def _add_port(host: EmbeddedHost, nic: Netvsc, text: str, stack: ExitStack) -> P
         case "tap":
             from ..apps.lab.tap import open_tap
 
-            return switch.add_tap(stack.enter_context(open_tap(argument, mtu=nic.info.mtu)).fd, argument)
+            return switch.add_tap(stack.enter_context(open_tap(argument, mtu=mtu)).fd, argument)
         case "replay":
             return switch.add_replay(argument)
         case "capture":
             return switch.add_capture(argument)
         case "generator":
-            return switch.add_generator(random_mac(), nic.mac, size=int(argument or 60))
+            return switch.add_generator(random_mac(), mac, size=int(argument or 60))
         case _:
             return switch.add_sink()

@@ -51,6 +51,7 @@ class EmbeddedHost:
         self.balloons: dict[str, Balloon] = {}
         self._connections: dict[PciFunction, Connection] = {}
         self._used: set[Vsp] = set()
+        self._at_close: list[Callable[[], None]] = []
         self._number = 0
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._defect)
@@ -71,12 +72,44 @@ class EmbeddedHost:
         self.balloons[name] = Balloon(name=name, **options)
         return self.balloons[name]
 
-    def attach(self, *devices: Vsp, name: str | None = None) -> InProcessDevice:
-        """A PCI function that offers these devices to one client, as a VFIO device.
+    def attach(self, *devices: Vsp, name: str | None = None, **limits: int) -> InProcessDevice:
+        """A PCI function that offers these devices to one client, as a VFIO device. limits: as of Domain (max_maps, max_bytes).
 
         Raises UsageError for a device that has a client, and for a card that is on another host's switch.
         """
-        return self.run(lambda: self._attach(devices, name))
+
+        def attach() -> InProcessDevice:
+            function, released = self.make_function(*devices, name=name, **limits)
+            return InProcessDevice(function, self.run, released)
+
+        return self.run(attach)
+
+    def make_function(self, *devices: Vsp, name: str | None = None, **limits: int) -> tuple[PciFunction, Callable[[], None]]:
+        """What `attach` wraps, for who serves it on this host's loop, and on it only: the function, and what is to be called, once, when
+        its client has gone. Raises as `attach`."""
+        self._check(devices)
+        self._number += 1
+        first = devices[0].offer if devices else ChannelOffer()
+        identity = Identity(first.class_guid, first.instance_guid)
+        function = PciFunction(name or f"embedded:{self._number}", identity=identity, **limits)
+        function.domain.quiesce = self.switch.worker.paused
+        try:
+            self._connections[function] = Connection(function, list(devices))
+        except BaseException:
+            function.close()
+            raise
+        self._used.update(devices)
+
+        def released() -> None:
+            self._used.difference_update(devices)
+            if function in self._connections:  # else the host has ended before
+                self._release(function)
+
+        return function, released
+
+    def at_close(self, callback: Callable[[], None]) -> None:
+        """Call this on the host's loop when the host closes, before its clients are let go."""
+        self._at_close.append(callback)
 
     def connection(self, device: InProcessDevice) -> Connection:
         """The host's end of an attached device, to look at. Raises UsageError when it is not attached here (any more)."""
@@ -159,7 +192,7 @@ class EmbeddedHost:
         self.nics[name] = Netvsp(self.switch, mac or random_mac(), name=name, **options)
         return self.nics[name]
 
-    def _attach(self, devices: tuple[Vsp, ...], name: str | None) -> InProcessDevice:
+    def _check(self, devices: tuple[Vsp, ...]) -> None:
         if len(set(devices)) < len(devices):
             raise UsageError("a device is attached to a function once")
         for device in devices:
@@ -167,22 +200,6 @@ class EmbeddedHost:
                 raise UsageError("this device has a client already: detach it there first")
             if isinstance(device, Netvsp) and device not in self.nics.values():
                 raise UsageError(f"{device.name} is no card of {self.name}: its worker is another host's")
-        self._number += 1
-        first = devices[0].offer if devices else ChannelOffer()
-        function = PciFunction(name or f"embedded:{self._number}", identity=Identity(first.class_guid, first.instance_guid))
-        function.domain.quiesce = self.switch.worker.paused
-        try:
-            self._connections[function] = Connection(function, list(devices))
-        except BaseException:
-            function.close()
-            raise
-        self._used.update(devices)
-
-        def released() -> None:
-            self._used.difference_update(devices)
-            self._release(function)
-
-        return InProcessDevice(function, self.run, released)
 
     def _rescind(self, device: Vsp) -> None:
         for connection in self._connections.values():
@@ -203,8 +220,16 @@ class EmbeddedHost:
             for nic in self.nics.values():
                 stack.callback(nic.close)
             for function in self._connections:
-                stack.callback(self._release, function)
-                stack.callback(function.fail, ERROR_GONE)  # wakes a client that waits for an answer
+                stack.callback(self._end, function)
+            for callback in self._at_close:
+                stack.callback(callback)
+
+    def _end(self, function: PciFunction) -> None:
+        if function not in self._connections:
+            return
+        with ExitStack() as stack:
+            stack.callback(self._release, function)
+            function.fail(ERROR_GONE)  # wakes a client that waits for an answer
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:

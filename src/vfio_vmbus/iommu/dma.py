@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Protocol
@@ -66,10 +67,14 @@ class DmaBuffer:
 
 
 class DmaSpace:
-    """Hands out IOVAs, first fit, with an unmapped page behind each buffer so that overruns fault."""
+    """Hands out IOVAs, first fit, with an unmapped page behind each buffer so that overruns fault.
 
-    def __init__(self, mapper: Mapper) -> None:
+    iova_ranges: (start, end) of what the device's IOMMU translates, where that is known: a `Dma`'s. IOVAs above 4 GiB are taken first.
+    """
+
+    def __init__(self, mapper: Mapper, iova_ranges: Sequence[tuple[int, int]] = ()) -> None:
         self.mapper = mapper
+        self._windows = _windows(iova_ranges)
         self._buffers: dict[int, DmaBuffer] = {}
 
     def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
@@ -92,11 +97,24 @@ class DmaSpace:
                 stack.callback(buffer.close)
 
     def _free_iova(self, size: int) -> int:
-        at = FIRST_IOVA
-        for iova in sorted(self._buffers):
-            if iova - at >= size:
-                break
-            at = iova + self._buffers[iova].size + PAGE
-        if at + size > LAST_IOVA:
-            raise DmaError(f"no {size} bytes of IOVA space left below {LAST_IOVA:#x}")
-        return at
+        taken = [(iova, iova + self._buffers[iova].size + PAGE) for iova in sorted(self._buffers)]
+        for start, end in self._windows:
+            at = start
+            for first, behind in taken:
+                if first - at >= size:
+                    break
+                at = max(at, behind)
+            if at + size <= end:
+                return at
+        windows = ", ".join(f"[{start:#x}, {end:#x})" for start, end in self._windows)
+        raise DmaError(f"no {size} bytes of IOVA space left in {windows or 'nothing: the device has no IOVAs'}")
+
+
+def _windows(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where IOVAs are taken from, in this order. Not the first page: an address of zero is nearly always a mistake."""
+    if not ranges:
+        return [(FIRST_IOVA, LAST_IOVA)]
+    whole = [(-(-max(start, PAGE) // PAGE) * PAGE, end // PAGE * PAGE) for start, end in ranges]
+    high = [(max(start, FIRST_IOVA), end) for start, end in whole]
+    low = [(start, min(end, FIRST_IOVA)) for start, end in whole]
+    return [(start, end) for start, end in [*high, *low] if start < end]

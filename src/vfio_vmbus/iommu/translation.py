@@ -1,7 +1,8 @@
 """The lookup of an IOVA inside kernels, and the record of what was refused.
 
-The table is sorted, private to the host and replaced as a whole: a kernel reads its address once and sees either the old or the new
-one. Access rights are seen from the device: READ lets the host read (what a driver sends), WRITE lets it write (what it receives).
+The table is sorted, private to the host, and in two steps: a directory, and leaves with a number of maps each. Neither is ever changed:
+with each map a leaf and the directory are replaced, so a kernel reads the directory's address once and sees either the old or the new
+table. Access rights are seen from the device: READ lets the host read (what a driver sends), WRITE lets it write (what it receives).
 Any number of threads may look up at a time; those that refuse (`refuse`, `translate`) are one at a time: the worker that has the client.
 """
 
@@ -21,12 +22,16 @@ NOT_MAPPED = 1
 DIRECTION = 2
 WRAPS = 3
 OVER_END = 4
+NOT_MEMORY = 5
+FILE_FAILED = 6
 
 REASONS = {
     NOT_MAPPED: "not mapped",
     DIRECTION: "not mapped for this direction",
     WRAPS: "empty, or wraps around the address space",
     OVER_END: "runs over the end of its mapping",
+    NOT_MEMORY: "memory that can be copied only, not mapped",
+    FILE_FAILED: "the file behind it cannot be read or written there",
 }
 
 LAST_ADDRESS = (1 << 63) - 1
@@ -39,12 +44,19 @@ FAULT_SLOTS = KEPT_FAULTS + 1
 
 FAULT = np.dtype([("iova", "i8"), ("size", "i8"), ("access", "i8"), ("reason", "i8")])
 ENTRY = np.dtype([("iova", "i8"), ("end", "i8"), ("address", "i8"), ("access", "i8")])
-"""One mapping: [iova, end) is at `address`. The first record of a table holds the number of entries in `iova`."""
+"""One mapping: [iova, end) is at `address`, 0 where it is not in this process's memory. A leaf is an array of these.
+
+A row of the directory: the leaf whose first mapping begins at `iova` is at `address` and has `access` entries. The first record of a
+directory holds the number of its rows in `iova`."""
+
+_LEAF_BITS = 7
+LEAF = 1 << _LEAF_BITS
+"""Entries that a leaf has at most."""
 
 DOMAIN = np.dtype(
     [
-        ("table", "i8"),  # address of the table in force
-        ("hint", "i8"),  # entry that was hit last
+        ("table", "i8"),  # address of the directory in force
+        ("hint", "i8"),  # entry that was hit last: its row of the directory, times LEAF, plus its index in the leaf
         ("faults", "i8"),  # number of requests refused
         ("kept", FAULT, (FAULT_SLOTS,)),  # number n is in slot n % FAULT_SLOTS
     ]
@@ -77,22 +89,22 @@ def refuse(domain: int, iova: int, size: int, access: int, reason: int) -> int:
 
 @kernel("void(i8, i8)")
 def put_in_force(domain: int, table: int) -> None:
-    """From now on lookups use the table at address `table`, which is complete."""
+    """From now on lookups use the directory at address `table`, which is complete."""
     store64_release(domain + _TABLE_AT, table)
 
 
 @inline
-def _find(table: int, iova: int) -> int:
-    """Index of the last entry that starts at or below `iova`; 0 when there is none (entries count from 1)."""
+def _last_before(rows: int, count: int, iova: int) -> int:
+    """Index of the last of `count` sorted rows that starts at or below `iova`; -1 when there is none."""
     low = 0
-    high = _entry_at(table).iova
+    high = count
     while low < high:
-        middle = (low + high + 1) >> 1
-        if _entry_at(table + middle * _ENTRY_SIZE).iova <= iova:
-            low = middle
+        middle = (low + high) >> 1
+        if _entry_at(rows + middle * _ENTRY_SIZE).iova <= iova:
+            low = middle + 1
         else:
-            high = middle - 1
-    return low
+            high = middle
+    return low - 1
 
 
 @inline
@@ -105,18 +117,25 @@ def lookup(domain: int, iova: int, size: int, access: int) -> int:
     count = _entry_at(table).iova
     if count == 0:
         return -NOT_MAPPED
-    index = min(max(head.hint, 1), count)
-    entry = _entry_at(table + index * _ENTRY_SIZE)
+    row = min(head.hint >> _LEAF_BITS, count - 1)
+    leaf = _entry_at(table + (row + 1) * _ENTRY_SIZE)
+    entry = _entry_at(leaf.address + min(head.hint & (LEAF - 1), leaf.access - 1) * _ENTRY_SIZE)
     if iova < entry.iova or iova >= entry.end:
-        index = _find(table, iova)
-        entry = _entry_at(table + index * _ENTRY_SIZE)
-        if index == 0 or iova >= entry.end:
+        row = _last_before(table + _ENTRY_SIZE, count, iova)
+        if row < 0:
             return -NOT_MAPPED
-        head.hint = index
+        leaf = _entry_at(table + (row + 1) * _ENTRY_SIZE)
+        index = _last_before(leaf.address, leaf.access, iova)
+        entry = _entry_at(leaf.address + index * _ENTRY_SIZE)
+        if iova >= entry.end:
+            return -NOT_MAPPED
+        head.hint = row * LEAF + index
     if size > entry.end - iova:
         return -OVER_END
     if entry.access & access != access:
         return -DIRECTION
+    if entry.address == 0:
+        return -NOT_MEMORY
     return entry.address + (iova - entry.iova)
 
 

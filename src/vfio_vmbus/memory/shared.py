@@ -60,6 +60,8 @@ def require_sealed(fd: int) -> int:
     Memory that can be taken away while it is mapped kills whoever touches it (SIGBUS), so nothing else is ever mapped. Huge pages are
     refused for that reason, too: a hole punched into them stays one when the pool is empty, seals or not.
     """
+    if fd < 0:
+        raise DmaError(f"descriptor {fd} is none: only sealed memfds are mapped")
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
@@ -70,6 +72,15 @@ def require_sealed(fd: int) -> int:
     if page > mmap.PAGESIZE:
         raise DmaError(f"descriptor {fd} is a memfd of huge pages ({page} bytes): take one of {mmap.PAGESIZE}-byte pages")
     return os.fstat(fd).st_size
+
+
+def is_sealed(fd: int) -> bool:
+    """Can it be mapped?"""
+    try:
+        require_sealed(fd)
+    except DmaError:
+        return False
+    return True
 
 
 def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None, populate: bool = True) -> Mapping:

@@ -20,7 +20,7 @@ from ..memory.mapping import PAGE
 from ..memory.shared import SharedMemory
 from ..vfio import eventfd
 from ..vfio import registers as reg
-from ..vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, Irq, Region
+from ..vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, REGION_MMAP, REGION_READ, REGION_WRITE, Device, Irq, Region
 from .leaks import nothing_left
 
 IOVA = 1 << 32
@@ -80,7 +80,7 @@ class DeviceConformance(ABC):
         with self.opened() as device:
             for region in regions(device):
                 assert region.size >= 4
-                assert region.flags & ~(REGION_READ | REGION_WRITE) == 0
+                assert region.flags & ~(REGION_READ | REGION_WRITE | REGION_MMAP) == 0
                 if region.flags & REGION_READ:
                     assert len(region.read(0, 4)) == 4
                     assert region.read(0, 4) == region.read32(0).to_bytes(4, "little")
@@ -100,6 +100,26 @@ class DeviceConformance(ABC):
                 for data in (b"", bytes(region.size + 4)):
                     with refused(UsageError):
                         region.write(0, data)
+
+    def test_a_region_is_mapped_within_its_areas_only(self) -> None:
+        with self.opened() as device:
+            for region in regions(device):
+                assert bool(region.areas) == bool(region.flags & REGION_MMAP)
+                for offset, size in region.areas:
+                    assert offset % PAGE == size % PAGE == 0 < size <= region.size - offset
+                    for bad in (
+                        (offset, size + PAGE),
+                        (offset, 0),
+                        (offset, -PAGE),
+                        (-PAGE, PAGE),
+                        (region.size, PAGE),
+                        (offset + 8, PAGE),
+                    ):
+                        with refused(UsageError):
+                            region.map(*bad)
+                for size in () if region.areas else (region.size, PAGE):
+                    with refused(UsageError):
+                        region.map(0, size)
 
     def test_a_doorbell_is_an_eventfd_and_always_the_same(self) -> None:
         with self.opened() as device:

@@ -100,7 +100,12 @@ class Irq(ABC):
 
 
 class Dma(ABC):
-    """The device's IO address space."""
+    """The device's IO address space.
+
+    iova_ranges: (start, end) of what may be mapped, `end` not being one of them; empty where all may.
+    """
+
+    iova_ranges: tuple[tuple[int, int], ...] = ()
 
     @abstractmethod
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:

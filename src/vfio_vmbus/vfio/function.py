@@ -85,7 +85,8 @@ class Window:
 class PciFunction:
     """Registers of BAR 0 (`registers`), MSI-X vectors, configuration space and the client's `Domain`. docs/pci-personality.md.
 
-    vectors: up to 128. channels: doorbells, up to 1024. identity: what stands behind it, for the configuration space.
+    vectors: up to 128. channels: doorbells, up to 1024. identity: what stands behind it, for the configuration space. limits: as of
+    Domain (max_maps, max_bytes).
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class PciFunction:
         vectors: int = reg.VECTORS,
         channels: int = reg.CHANNELS,
         identity: config.Identity = config.NOTHING,
+        **limits: int,
     ) -> None:
         self.name = name
         self.channels = channels
@@ -105,7 +107,7 @@ class PciFunction:
             config.MSIX_INDEX: Window(self._msix.size, self._msix.read, self._msix.write),
             REGION_CONFIG: Window(self._config.size, self._config.read, self._config.write),
         }
-        self.domain = Domain(name)
+        self.domain = Domain(name, **limits)
         self.domain.revoke = self._revoke
         self.vectors = Vectors(vectors)
         self.backend: Backend | None = None

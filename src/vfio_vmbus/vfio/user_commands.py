@@ -42,10 +42,10 @@ class Request:
 class Commands:
     """The commands of one client of `device`, from behind VERSION on. own: what this server announced; peer: what the client can do."""
 
-    def __init__(self, device: ServedDevice, own: Capabilities) -> None:
+    def __init__(self, device: ServedDevice, own: Capabilities, peer: Capabilities) -> None:
         self.device = device
         self.own = own
-        self.peer = Capabilities()
+        self.peer = peer
         self._handlers: Mapping[int, Callable[[Request], Reply]] = {
             wire.DMA_MAP: self._dma_map,
             wire.DMA_UNMAP: self._dma_unmap,
@@ -146,7 +146,8 @@ class Commands:
 
     def _get_irq_info(self, request: Request) -> Reply:
         count = self._irq_count(request.value.index)
-        return vfio.IrqInfo(flags=vfio.IRQ_EVENTFD if count else 0, index=request.value.index, count=count).pack(), ()
+        flags = self.device.irq_flags(request.value.index) if count else 0
+        return vfio.IrqInfo(flags=flags, index=request.value.index, count=count).pack(), ()
 
     def _set_irqs(self, request: Request) -> Reply:
         value: vfio.IrqSet = request.value
@@ -164,10 +165,20 @@ class Commands:
             )
         if value.count == 0 and (kind != vfio.SET_DATA_NONE or value.start):
             raise ProtocolError(f"DEVICE_SET_IRQS: no vectors from {value.start} on, flags {value.flags:#x}")
-        if action != vfio.SET_ACTION_TRIGGER:
-            raise RefusedError(f"DEVICE_SET_IRQS: vectors of index {value.index} cannot be masked", errno.ENOTTY)
-        self._trigger(value, kind, vectors, request)
+        if action == vfio.SET_ACTION_TRIGGER:
+            self._trigger(value, kind, vectors, request)
+        else:
+            self._mask(value, kind, action == vfio.SET_ACTION_MASK, request.data)
         return DONE
+
+    def _mask(self, value: vfio.IrqSet, kind: int, masked: bool, chosen: bytes) -> None:
+        if kind == vfio.SET_DATA_EVENTFD or not self.device.irq_flags(value.index) & vfio.IRQ_MASKABLE:
+            raise RefusedError(f"DEVICE_SET_IRQS: vectors of index {value.index} cannot be masked like this", errno.ENOTTY)
+        if value.count == 0:
+            raise ProtocolError("DEVICE_SET_IRQS: no vectors to be masked")
+        for place in range(value.count):
+            if kind == vfio.SET_DATA_NONE or chosen[place]:
+                self.device.mask(value.index, value.start + place, masked)
 
     def _trigger(self, value: vfio.IrqSet, kind: int, vectors: int, request: Request) -> None:
         if kind == vfio.SET_DATA_EVENTFD:  # no descriptors: nobody is signalled any more

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import (
@@ -34,9 +34,15 @@ log = logging.getLogger("vfio_vmbus.vfio")
 
 MAX_MSG_FDS: Final = 16
 """QEMU takes no server that announces more."""
+MAX_DMA_MAPS: Final = 65535
+"""QEMU takes no server that announces more."""
 KEPT_REFUSALS: Final = 64
+MAX_ASKED: Final = 64
+"""Requests of the server that a client may leave unanswered."""
 _LEAST_ROOM: Final = 8192
 """Bytes of a message that is always taken: SPDK sends 4 KiB to ask for a region, WRITE_MULTI has up to 6 KiB."""
+
+_SIZE_AT: Final = Header.OFFSETS["message_size"]
 
 _ERRNOS: tuple[tuple[type[Exception], int], ...] = (
     (IsolationFault, errno.EFAULT),
@@ -71,76 +77,152 @@ class Close:
     reason: str
 
 
-Action = Send | Release | Close
+@dataclass(frozen=True)
+class Answer:
+    """The client's answer to request `message_id` of this server: its reply's payload, or why there is none."""
+
+    message_id: int
+    result: bytes | VfioVmbusError
+
+
+Action = Send | Release | Close | Answer
 
 
 @dataclass
 class _Incoming:
     """A message that is not yet complete: what there is of it, its descriptors, and whether some were lost on the way."""
 
-    data: bytearray
-    fds: list[int]
+    data: bytearray = field(default_factory=bytearray)
+    fds: list[int] = field(default_factory=list)
     lost: bool = False
 
 
 class ServerCore:
-    """One client of `device`. max_data: bytes of data in a message, at most 64 MiB. `refusals`: the latest errors, newest last.
+    """One client. claim: called for its VERSION, gives it a device, or raises RefusedError with the errno that it is turned away with.
 
-    `receive` takes what one recvmsg returned. Every descriptor given to it comes back in a Release once, at the latest by `end`.
+    max_data: bytes of data in a message, at most 64 MiB. max_msg_fds: descriptors in one. `refusals`: the latest errors, newest last.
+    `feed` takes what one recvmsg returned, `step` then carries out one message. Every descriptor given to it comes back in a Release
+    once, at the latest by `end`.
     """
 
-    def __init__(self, device: ServedDevice, *, max_data: int = 1 << 20, max_msg_fds: int = MAX_MSG_FDS) -> None:
-        self.own = Capabilities(
-            max_msg_fds=max_msg_fds, max_data_xfer_size=max_data, max_dma_maps=device.max_maps, write_multiple=True
-        )
+    def __init__(self, claim: Callable[[], ServedDevice], *, max_data: int = 1 << 20, max_msg_fds: int = MAX_MSG_FDS) -> None:
+        self.max_msg_fds = max_msg_fds
         self.max_size = max(_LEAST_ROOM, Header.SIZE + wire.RegionAccess.SIZE + max_data)
         self.refusals: deque[Exception] = deque(maxlen=KEPT_REFUSALS)
         self.refusal_count = 0
         self.unasked_replies = 0
-        self._commands = Commands(device, self.own)
-        self._negotiated = False
+        self._claim = claim
+        self._max_data = max_data
+        self._commands: Commands | None = None
         self._closed = False
-        self._incoming = _Incoming(bytearray(), [])
+        self._incoming = _Incoming()
+        self._messages: deque[tuple[bytes, Sequence[int], bool]] = deque()
+        """Those that are complete: their bytes, their descriptors, and whether some were lost."""
+        self._asked: dict[int, int] = {}
+        """Requests of this server that are not answered: message number -> command."""
+        self._last_id = 0
+
+    @property
+    def device(self) -> ServedDevice | None:
+        """What the client has, from its VERSION on."""
+        return self._commands.device if self._commands else None
+
+    @property
+    def own(self) -> Capabilities:
+        """What this server has announced. Raises UsageError before VERSION."""
+        return self._negotiated().own
 
     @property
     def peer(self) -> Capabilities:
-        """What the client can do, once it has said so."""
-        return self._commands.peer
+        """What the client can do, once it has said so. Raises UsageError before VERSION."""
+        return self._negotiated().peer
 
     @property
     def closed(self) -> bool:
         """Has the connection ended?"""
         return self._closed
 
-    def receive(self, data: bytes, fds: Sequence[int] = (), *, lost: bool = False) -> list[Action]:
+    @property
+    def ready(self) -> bool:
+        """Is there a message to be carried out?"""
+        return bool(self._messages)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the message under way still needs; 0 while it is not known."""
+        data = self._incoming.data
+        if len(data) < Header.SIZE:
+            return 0
+        return _size_of(data) - len(data)
+
+    def feed(self, data: bytes, fds: Sequence[int] = (), *, lost: bool = False) -> list[Action]:
         """Take bytes of the stream, with the descriptors that came along; no bytes: the client has gone. lost: some descriptors were
-        cut off (MSG_CTRUNC).
+        cut off (MSG_CTRUNC). Returns what is to be released.
 
         The kernel ends a recvmsg behind the bytes that descriptors were sent with, so they belong to the last message that begins in
         `data`, or, if none does, to the one that goes on.
         """
         if self._closed or not data:
             return [*self.end(), *_release(fds)]
-        actions: list[Action] = []
+        if not self._incoming.data and not self._incoming.fds and _size_of(data) == len(data) >= Header.SIZE:
+            self._messages.append((data, fds, lost))  # one message, as most clients send them
+            return []
         pieces = self._split(data)
         for place, piece in enumerate(pieces, 1):
-            last = place == len(pieces)
             self._incoming.data += piece
-            if last:
+            if place == len(pieces):
                 self._incoming.fds += fds
                 self._incoming.lost |= lost
             if self._complete(self._incoming.data):
-                message, self._incoming = self._incoming, _Incoming(bytearray(), [])
-                actions += self._take(bytes(message.data), message.fds, message.lost)
-            if self._closed:
-                return [*actions, *_release(() if last else fds)]
+                self._messages.append((bytes(self._incoming.data), self._incoming.fds, self._incoming.lost))
+                self._incoming = _Incoming()
+        return []
+
+    def step(self) -> list[Action]:
+        """Carry out one message, if there is one."""
+        if self._closed or not self._messages:
+            return []
+        actions = self._take(*self._messages.popleft())
+        return [*actions, *self.end()] if self._closed else actions
+
+    def receive(self, data: bytes, fds: Sequence[int] = (), *, lost: bool = False) -> list[Action]:
+        """`feed`, and carry out all that is complete."""
+        actions = self.feed(data, fds, lost=lost)
+        while self._messages:
+            actions += self.step()
         return actions
 
     def end(self) -> list[Action]:
         """The client has gone: what is to be released."""
         self._closed = True
-        message, self._incoming = self._incoming, _Incoming(bytearray(), [])
-        return _release(message.fds)
+        left = [*self._incoming.fds, *(fd for _, fds, _ in self._messages for fd in fds)]
+        self._messages.clear()
+        self._incoming = _Incoming()
+        gone: list[Action] = [Answer(number, ClosedError("the client has gone")) for number in self._asked]
+        self._asked.clear()
+        return [*_release(left), *gone]
+
+    def ask(self, number: int, payload: bytes) -> tuple[int, Send]:
+        """A command for the client: its message number, by which an Answer will come, and what to send. Raises UsageError when there
+        are too many that it has not answered, ClosedError when it has gone."""
+        if self._closed:
+            raise ClosedError("the client has gone")
+        if len(self._asked) >= MAX_ASKED:
+            raise UsageError(f"{len(self._asked)} requests to the client are not answered, limit {MAX_ASKED}")
+        self._last_id = next(
+            n & 0xFFFF for n in range(self._last_id + 1, self._last_id + 0x10000) if n & 0xFFFF not in self._asked
+        )
+        self._asked[self._last_id] = number
+        return self._last_id, Send(wire.encode_request(self._last_id, number, payload))
+
+    def give_up(self, message_id: int) -> None:
+        """Nobody waits for this answer any more; if it comes it is one that nobody asked for."""
+        self._asked.pop(message_id, None)
+
+    def _negotiated(self) -> Commands:
+        if self._commands is None:
+            raise UsageError("the client has not said VERSION yet")
+        return self._commands
 
     def _split(self, data: bytes) -> list[bytes]:
         """Cut `data` where messages end, as far as their sizes can be believed."""
@@ -170,15 +252,14 @@ class ServerCore:
         """Answer one message."""
         header = Header.unpack(message)
         if header.flags.kind == wire.KIND_REPLY and self._plausible(header.message_size):
-            self.unasked_replies += 1
-            return _release(fds)
+            return [*self._answered(header, message[Header.SIZE :]), *_release(fds)]
         answer: list[Action] = []
         try:
             wire.parse_header(message, self.max_size)
             if lost:
-                raise ProtocolError(f"command {header.command}: descriptors were lost, limit {self.own.max_msg_fds}")
-            if len(fds) > self.own.max_msg_fds:
-                raise ProtocolError(f"command {header.command}: {len(fds)} descriptors, limit {self.own.max_msg_fds}")
+                raise ProtocolError(f"command {header.command}: descriptors were lost, limit {self.max_msg_fds}")
+            if len(fds) > self.max_msg_fds:
+                raise ProtocolError(f"command {header.command}: {len(fds)} descriptors, limit {self.max_msg_fds}")
             payload, given = self._run(header.command, message[Header.SIZE :], fds)
             answer.append(Send(wire.encode_reply(header, payload), given))
         except Exception as error:
@@ -186,14 +267,28 @@ class ServerCore:
                 log.exception("command %d: defect of the device", header.command)
             self._note(error)
             answer.append(Send(wire.encode_error(header, errno_of(error))))
-            if not self._negotiated or not self._plausible(header.message_size):
+            if self._commands is None or not self._plausible(header.message_size):
                 self._closed = True
         if header.flags.no_reply or header.flags.kind == wire.KIND_REPLY:
             answer.clear()
         return [*answer, *_release(fds), *([Close(str(self.refusals[-1]))] if self._closed else [])]
 
+    def _answered(self, header: Header, payload: bytes) -> list[Action]:
+        """A reply: is it one that was asked for?"""
+        command = self._asked.pop(header.message_id, None)
+        if command is None:
+            self.unasked_replies += 1
+            return []
+        if header.command != command:
+            wrong = ProtocolError(f"the reply to command {command} says that it is of {header.command}")
+            return [Answer(header.message_id, wrong)]
+        if header.flags.error:
+            refusal = RefusedError(f"{wire.COMMANDS[command].name} was refused by the client", header.error)
+            return [Answer(header.message_id, refusal)]
+        return [Answer(header.message_id, payload)]
+
     def _run(self, number: int, payload: bytes, fds: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
-        if self._negotiated:
+        if self._commands is not None:
             return self._commands.run(number, payload, fds)
         if number != wire.VERSION:
             raise ProtocolError(f"the first command is {number}, need {wire.VERSION} (VERSION)")
@@ -203,10 +298,15 @@ class ServerCore:
         if version.major != wire.MAJOR_VERSION:
             raise ProtocolError(f"vfio-user version {version.major}.{version.minor}, need {wire.MAJOR_VERSION}")
         agreed = wire.Version(minor=min(version.minor, wire.MINOR_VERSION))
-        reply = encode_version(agreed, self.own, limit=MAX_SERVER_PAYLOAD)
-        self._commands.peer = capabilities
-        self._negotiated = True
-        return reply, ()
+        device = self._claim()
+        own = Capabilities(
+            max_msg_fds=self.max_msg_fds,
+            max_data_xfer_size=self._max_data,
+            max_dma_maps=min(device.max_maps, MAX_DMA_MAPS),
+            write_multiple=True,
+        )
+        self._commands = Commands(device, own, capabilities)
+        return encode_version(agreed, own, limit=MAX_SERVER_PAYLOAD), ()
 
     def _note(self, error: Exception) -> None:
         """Without its traceback, which would keep everything alive that was in use there."""
@@ -227,8 +327,7 @@ def errno_of(error: Exception) -> int:
 
 
 def _size_of(data: bytes | bytearray) -> int:
-    at = Header.OFFSETS["message_size"]
-    return int.from_bytes(data[at : at + 4], "little")
+    return int.from_bytes(data[_SIZE_AT : _SIZE_AT + 4], "little")
 
 
 def _release(fds: Sequence[int]) -> list[Action]:

@@ -6,12 +6,14 @@ Methods raise UsageError, DmaError, or RefusedError whose status is an errno; de
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import RefusedError, UsageError
-from ..iommu.domain import IOVA_LIMIT
-from ..wire.vfio import IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_BAR0
+from ..iommu.domain import IOVA_LIMIT, Domain
+from ..memory.shared import is_sealed
+from ..wire.vfio import IRQ_EVENTFD, IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_BAR0
 from . import eventfd
 from .function import PciFunction, Window
 from .registers import REG_DOORBELLS
@@ -62,6 +64,12 @@ class ServedDevice(Protocol):
     def irq_count(self, index: int) -> int:
         """Vectors of a kind of interrupt."""
 
+    def irq_flags(self, index: int) -> int:
+        """vfio.IRQ_* of a kind of interrupt that has vectors."""
+
+    def mask(self, index: int, vector: int, masked: bool) -> None:
+        """Hold a vector back, or let it come again, at once where one was held back. Only where `irq_flags` says IRQ_MASKABLE."""
+
     def lead_to(self, index: int, start: int, fds: list[int | None]) -> None:
         """Let vectors from `start` on signal these eventfds (None: nobody), all of them or, if one cannot be, none."""
 
@@ -80,15 +88,34 @@ class ServedDevice(Protocol):
     def reset(self) -> None:
         """Back to the state after power-on; maps and interrupts stay."""
 
+    def release(self) -> None:
+        """The client has gone: reset, and nothing of it is kept."""
+
+
+def map_for_client(domain: Domain, iova: int, size: int, access: int, fd: int | None, offset: int) -> None:
+    """`ServedDevice.map` into a domain: sealed memory is mapped, other files are read and written, and for what is in no file the client
+    is asked (`user_memory`). Raises RefusedError (ENOSPC, EEXIST), DmaError."""
+    if not domain.has_room(size):
+        raise RefusedError(
+            f"{size:#x} bytes more exceed the limits of {domain.max_maps} maps, {domain.max_bytes} bytes", errno.ENOSPC
+        )
+    if domain.overlaps(iova, size):
+        raise RefusedError(f"[{iova:#x}, {iova + size:#x}) overlaps another map", errno.EEXIST)
+    if fd is not None and is_sealed(fd):
+        domain.map(iova, fd, offset, size, access)
+    else:
+        domain.map_unmapped(iova, size, access, fd, offset)
+
 
 class FunctionDevice:
-    """A PciFunction as a served device."""
+    """A PciFunction as a served device. released: called when its client has gone; by default the function is released."""
 
     regions = PCI_REGIONS
     irqs = PCI_IRQS
 
-    def __init__(self, function: PciFunction) -> None:
+    def __init__(self, function: PciFunction, released: Callable[[], None] | None = None) -> None:
         self.function = function
+        self.release = released or function.release
         self.max_maps = function.domain.max_maps
 
     def region_size(self, region: int) -> int:
@@ -113,6 +140,12 @@ class FunctionDevice:
     def irq_count(self, index: int) -> int:
         return len(self.function.vectors.fds) if index == IRQ_MSIX else 0
 
+    def irq_flags(self, index: int) -> int:
+        return IRQ_EVENTFD
+
+    def mask(self, index: int, vector: int, masked: bool) -> None:
+        raise UsageError(f"vector {vector} of interrupt index {index} cannot be masked")
+
     def lead_to(self, index: int, start: int, fds: list[int | None]) -> None:
         for vector, fd in enumerate(fds, start):
             self._check_vector(index, vector)
@@ -126,15 +159,7 @@ class FunctionDevice:
         eventfd.ring(self.function.vectors.fds[vector])
 
     def map(self, iova: int, size: int, access: int, fd: int | None, offset: int) -> None:
-        domain = self.function.domain
-        if fd is None:
-            raise RefusedError(f"[{iova:#x}, {iova + size:#x}) has no file: rings and buffers cannot be there", errno.EOPNOTSUPP)
-        maps = domain.maps
-        if len(maps) >= domain.max_maps:
-            raise RefusedError(f"there are {len(maps)} maps, limit {domain.max_maps}", errno.ENOSPC)
-        if any(entry.iova < iova + size and iova < entry.end for entry in maps):
-            raise RefusedError(f"[{iova:#x}, {iova + size:#x}) overlaps another map", errno.EEXIST)
-        domain.map(iova, fd, offset, size, access)
+        map_for_client(self.function.domain, iova, size, access, fd, offset)
 
     def unmap(self, iova: int, size: int) -> None:
         self.function.domain.unmap(iova, size)

@@ -1,6 +1,6 @@
-"""PCI: the configuration space of a function of type 0, and MSI-X.
+"""PCI: the configuration space of a function of type 0, MSI and MSI-X.
 
-Sources: include/uapi/linux/pci_regs.h and pci_ids.h of Linux 6.12; PCI Local Bus Specification 3.0, 6.1, 6.2.5 and 6.8.2.
+Sources: include/uapi/linux/pci_regs.h and pci_ids.h of Linux 6.12; PCI Local Bus Specification 3.0, 6.1, 6.2.5, 6.8.1 and 6.8.2.
 """
 
 from typing import Annotated
@@ -11,6 +11,7 @@ CONFIG_SIZE = 256
 
 VENDOR_MICROSOFT = 0x1414
 
+COMMAND_IO = 1 << 0
 COMMAND_MEMORY = 1 << 1
 COMMAND_MASTER = 1 << 2
 COMMAND_INTX_DISABLE = 1 << 10
@@ -20,9 +21,12 @@ CLASS_STORAGE_SCSI = 0x010000  # base class, subclass, interface
 CLASS_NETWORK_ETHERNET = 0x020000
 CLASS_OTHER = 0xFF0000
 
+CAPABILITY_MSI = 0x05
 CAPABILITY_VENDOR = 0x09
 CAPABILITY_MSIX = 0x11
 
+MSI_ENABLE = 1 << 0
+MSI_64_BIT = 1 << 7
 MSIX_FUNCTION_MASK = 1 << 14
 MSIX_ENABLE = 1 << 15
 MSIX_ENTRY_MASKED = 1 << 0
@@ -52,6 +56,18 @@ class ConfigHeader(Struct):
     interrupt_pin: U8 = 0
     min_grant: U8 = 0
     max_latency: U8 = 0
+
+
+@struct(size=14)
+class MsiCapability(Struct):
+    """With 64-bit addresses, without masks. control: MSI_*, and the number of vectors as powers of two in bits 1 to 3."""
+
+    id: U8 = CAPABILITY_MSI
+    next: U8 = 0
+    control: U16 = MSI_64_BIT
+    address_low: U32 = 0
+    address_high: U32 = 0
+    data: U16 = 0
 
 
 @struct(size=12)

@@ -184,10 +184,19 @@ class WriteMultiReply(Struct):
 
 @struct(size=16)
 class DmaAccess(Struct):
-    """`count` bytes of the client's memory. QEMU 10.1 and 10.2 have a 32-bit count here, and data from byte 12 on."""
+    """`count` bytes of the client's memory. QEMU 10.1 and 10.2 have an OldDmaAccess here."""
 
     iova: U64 = 0
     count: U64 = 0
+
+
+@struct(size=12)
+class OldDmaAccess(Struct):
+    """What QEMU 10.1 and 10.2 take for DmaAccess. The messages are as long, so that four bytes behind the data are unused; the reply to
+    DMA_WRITE is a header only."""
+
+    iova: U64 = 0
+    count: U32 = 0
 
 
 @struct(size=8)

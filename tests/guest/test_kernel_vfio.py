@@ -1,0 +1,140 @@
+"""KernelDevice against the VFIO of a real kernel, with QEMU's edu, an NVMe controller and a network card behind a virtual IOMMU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vfio_vmbus.testing.conformance import DeviceConformance
+
+from .conftest import PAYLOADS
+from .kernels import compiled
+from .packages import CACHE, Tools
+from .run import EDU_ADDRESS, Guest, edu_device
+
+EDU = PAYLOADS / "kernel_edu.py"
+NVME = PAYLOADS / "kernel_nvme.py"
+NVME_ADDRESS = "0000:00:06.0"
+VECTORS = 2048
+SERIAL = "vfio-vmbus"
+CONFORMANCE = [name for name in dir(DeviceConformance) if name.startswith("test_")]
+
+
+@pytest.fixture(scope="module")
+def machine(programs: Tools) -> Iterator[Guest]:
+    """A guest with devices that the kernel has drivers for, and edu, which it has none for."""
+    kernels = compiled(CACHE / "kernels")
+    with tempfile.TemporaryDirectory(prefix="guest-") as folder:
+        disk = Path(folder, "disk")
+        disk.write_bytes(bytes(1 << 20))
+        nvme = ["-drive", f"file={disk},if=none,id=disk,format=raw"]
+        nvme += ["-device", f"nvme,drive=disk,serial={SERIAL},addr=6.0,msix_qsize={VECTORS}"]
+        with Guest(programs, Path(folder), kernels, [*edu_device(), *nvme]) as guest:
+            yield guest
+
+
+def test_the_example_drives_edu(machine: Guest) -> None:
+    lines = machine.run(EDU, "example", address=EDU_ADDRESS)
+    assert lines[0].startswith("edu 1.0 at 0000:00:05.0, isolated by: IOMMU group ")
+    assert lines[2] == "10! = 3628800, and an interrupt came when it was there"
+    assert "DMA both ways" in lines[4]
+    assert "not mapped any more, was refused" in lines[5]
+    assert lines[6] == "so was a DMA read: the device did not see it"
+
+
+@pytest.fixture(scope="module")
+def suite(machine: Guest) -> dict[str, str]:
+    found: dict[str, str] = machine.run(EDU, "conformance", timeout=300, address=EDU_ADDRESS)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFORMANCE)
+def test_conformance(suite: dict[str, str], name: str) -> None:
+    assert suite[name] == ""
+
+
+def test_a_doorbell_is_written_by_the_kernel(machine: Guest) -> None:
+    found = machine.run(EDU, "doorbell", address=EDU_ADDRESS)
+    assert found == {"causes": 0, "refused": "no doorbell register at 0x4 of region 7: take a 32-bit one of a BAR"}
+
+
+def test_a_line_is_masked_when_it_falls(machine: Guest) -> None:
+    found = machine.run(EDU, "level", address=EDU_ADDRESS)
+    assert found.pop("two kinds").startswith("vectors of INTx are enabled")
+    assert found == {
+        "flags": 7,
+        "came": True,
+        "again while masked": False,
+        "came again": True,
+        "after it was acknowledged": False,
+        "masked by hand": False,
+        "unmasked by hand": True,
+    }
+
+
+def test_registers_are_mapped_and_bus_master_is_obeyed(machine: Guest) -> None:
+    found = machine.run(EDU, "mapped", address=EDU_ADDRESS)
+    assert found["areas"] == [[0, 1 << 20]]
+    assert found["ids"] == "3412e811"
+    assert found["command"] == 6  # memory and bus master; there is no I/O to decode
+    assert found["inverted"] == found["read"] == 0xF0F0F0F0
+    assert found["wide"] == 0x12345678
+    assert found["without bus master"] == "as it was"
+    assert found["with bus master"] != "as it was"
+    assert "decoding of memory or I/O is off" in found["off"]
+
+
+def test_what_the_kernel_refuses_is_explained(machine: Guest) -> None:
+    found = machine.run(EDU, "refusals", address=EDU_ADDRESS)
+    expected = {
+        "not bound": "UnavailableError: 0000:00:05.0 has driver none: bind it (vfio-vmbus bind 0000:00:05.0)",
+        "not there": "UnavailableError: no PCI device 0000:7f:00.0: there are ",
+        "unbind": "UsageError: 0000:00:05.0 was not bound here",
+        "no driver": "UnavailableError: the kernel has no PCI driver no_such_driver loaded: modprobe no_such_driver",
+        "another driver": "UnavailableError: ",
+        "twice": "UnavailableError: IOMMU group ",
+        "no cdev": "UnavailableError: iommufd, /dev/iommu: No such file or directory; this kernel has none",
+        "reset": "UnavailableError: 0000:00:05.0 has no reset of its own",
+        "reserved": "DmaError: [0xfee00000, 0xfee01000) is outside of what the IOMMU translates: [0x0, 0x",
+        "beyond": "DmaError: [0x1000000000000000, 0x1000000000001000) is outside of what the IOMMU translates",
+        "hot reset": "UnavailableError: 0000:00:05.0 has no hot reset",
+        "locked memory": "DmaError: VFIO_IOMMU_MAP_DMA for 1048576 bytes at IOVA 0x100000000: Cannot allocate memory (ENOMEM); "
+        "memory for devices is locked, and RLIMIT_MEMLOCK is 65536 bytes: raise it",
+        "no device yet": "UsageError: no device is in this container yet",
+    }
+    for what, text in expected.items():
+        assert found[what].startswith(text), what
+    assert "another process, or another KernelDevice of this one, has it" in found["twice"]
+    assert found["driver then"] == "None"
+    assert found["resettable"] == "False"
+    before, after = map(int, found["available"].split())
+    assert after == before - 1
+
+
+def test_nothing_is_left_of_many_openings(machine: Guest) -> None:
+    machine.run(EDU, "cycles", timeout=300, address=EDU_ADDRESS, count=30)
+
+
+def test_nvme_interrupts_on_the_last_of_many_vectors_and_goes_back_to_its_driver(machine: Guest) -> None:
+    found: dict[str, Any] = machine.run(NVME, timeout=120, address=NVME_ADDRESS)
+    areas = found.pop("areas")
+    assert areas[0][0] == 0
+    assert areas[0][1] > 0
+    assert found.pop("flags") & 1
+    assert found == {
+        "before": "nvme",
+        "bound": "vfio-pci",
+        "restored": True,
+        "vectors": VECTORS,
+        "enabled": [0, (VECTORS - 1) // 2, VECTORS - 1],
+        "statuses": [0],
+        "serial": SERIAL,
+        "looped": True,
+        "configuration after reset": 0,
+        "kept": True,
+        "resettable": True,
+    }
