@@ -19,14 +19,23 @@ _PUNCH_HOLE = 0x3
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SharedMemory:
-    """`size` bytes, a multiple of 4096, behind the descriptor `fd`, sealed against shrinking and growing."""
+HUGE_PAGE = 2 << 20
+"""Bytes of the huge pages that are asked for."""
 
-    def __init__(self, size: int, name: str = "vfio-vmbus") -> None:
-        if size <= 0 or size % PAGE:
-            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {PAGE}")
+
+class SharedMemory:
+    """`size` bytes, a multiple of 4096, behind the descriptor `fd`, sealed against shrinking and growing.
+
+    huge: of huge pages, and then a multiple of HUGE_PAGE; where the machine has none left, mapping raises OSError.
+    """
+
+    def __init__(self, size: int, name: str = "vfio-vmbus", *, huge: bool = False) -> None:
+        self.page = HUGE_PAGE if huge else PAGE
+        if size <= 0 or size % self.page:
+            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {self.page}")
         self.size = size
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        kind = os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -39,7 +48,7 @@ class SharedMemory:
         size = self.size - offset if size is None else size
         if offset < 0 or size <= 0 or offset + size > self.size:
             raise UsageError(f"{size} bytes at {offset} are outside {self.size} bytes of shared memory")
-        return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from)
+        return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from, align=max(self.page, mmap.PAGESIZE))
 
     def close(self) -> None:
         """Close the descriptor; mappings stay until they are closed."""

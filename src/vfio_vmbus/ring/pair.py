@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from ..errors import UsageError
@@ -36,18 +37,31 @@ class RingPair:
                 raise UsageError(
                     f"{name}: a ring of {size} bytes; it is a control page and one data page or more, {_MINIMUM} bytes at least"
                 )
-        upstream = side_by_side(window(pieces, 0, downstream), wrap_from=PAGE)
-        self._mappings: list[Mapping] = [upstream]
-        try:
-            self._mappings.append(side_by_side(window(pieces, downstream, total - downstream), wrap_from=PAGE))
-            for mapping in self._mappings:
-                mapping.write(FEATURE_BITS, _FEATURES)  # each side says that it knows pending_send_sz
-            out, back = self._mappings if side is Side.GUEST else self._mappings[::-1]
-            self.outgoing = OutgoingRing(out, doorbell, f"{name}, outgoing ring")
-            self.incoming = IncomingRing(back, doorbell, f"{name}, incoming ring")
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack:
+            mappings = [
+                stack.enter_context(side_by_side(part, wrap_from=PAGE))
+                for part in (window(pieces, 0, downstream), window(pieces, downstream, total - downstream))
+            ]
+            self._take(mappings, side, doorbell, name)
+            stack.pop_all()
+
+    @classmethod
+    def over(cls, upstream: Mapping, downstream: Mapping, side: Side, doorbell: int = -1, name: str = "channel") -> RingPair:
+        """A pair of rings that are mapped already, each with wrap_from=4096; the guest-to-host ring first.
+
+        The mappings are the pair's from then on; when this raises, which it does for rings that cannot be, they are the caller's.
+        """
+        pair = cls.__new__(cls)
+        pair._take([upstream, downstream], side, doorbell, name)
+        return pair
+
+    def _take(self, mappings: list[Mapping], side: Side, doorbell: int, name: str) -> None:
+        for mapping in mappings:
+            mapping.write(FEATURE_BITS, _FEATURES)  # each side says that it knows pending_send_sz
+        out, back = mappings if side is Side.GUEST else mappings[::-1]
+        self.outgoing = OutgoingRing(out, doorbell, f"{name}, outgoing ring")
+        self.incoming = IncomingRing(back, doorbell, f"{name}, incoming ring")
+        self._mappings = mappings
 
     @classmethod
     def fresh(
