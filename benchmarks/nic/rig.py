@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.machine import two_cores
 from benchmarks.nic import kernels
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import FRAME, QUEUE
 from vfio_vmbus.host.embedded import EmbeddedHost

@@ -18,7 +18,7 @@ from vfio_vmbus.apps.forward import Forwarder
 from vfio_vmbus.apps.measure import measure_receiving, measure_sending
 from vfio_vmbus.apps.replay import replay
 from vfio_vmbus.apps.tap import TapBridge
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.demo.replayed import write_capture
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import UsageError

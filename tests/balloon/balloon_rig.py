@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from vfio_vmbus.channel.device import Channel
-from vfio_vmbus.channel.offered import OfferedDevice, open_device
+from vfio_vmbus.channel.offered import OfferedDevice, open_offered
 from vfio_vmbus.drivers.balloon.driver import Balloon
 from vfio_vmbus.drivers.balloon.pressure import Pressure
 from vfio_vmbus.host.balloon import Balloon as BalloonVsp
@@ -57,7 +57,7 @@ def balloon_pair(vsp: dict[str, Any] | None = None, **options: Any) -> Iterator[
     """vsp: options of the host's end; the others are the driver's."""
     with EmbeddedHost() as host:
         balloon = host.add_balloon(**(vsp or {}))
-        with open_device(host.attach(balloon)) as device:
+        with open_offered(host.attach(balloon)) as device:
             with Balloon(device, **{"limit": 1 << 16, "pressure": lambda: PLENTY, "report": 3600.0, **options}) as driver:
                 yield Pair(host, balloon, device, driver)
 
@@ -67,7 +67,7 @@ def raw_guest(**options: Any) -> Iterator[tuple[EmbeddedHost, BalloonVsp, Offere
     """An open channel on which a test says what it likes."""
     with EmbeddedHost() as host:
         balloon = host.add_balloon(**options)
-        with open_device(host.attach(balloon)) as device:
+        with open_offered(host.attach(balloon)) as device:
             yield host, balloon, device, device.open(4)
 
 

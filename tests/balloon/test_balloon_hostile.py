@@ -8,7 +8,7 @@ import pytest
 
 from tests.balloon.balloon_rig import PLENTY, ScriptedVsp, polite, raw_guest, wait_packet
 from vfio_vmbus.channel.device import READ, WRITE
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.offered import open_offered
 from vfio_vmbus.drivers.balloon.driver import Balloon
 from vfio_vmbus.errors import PeerError, ProtocolError, RefusedError, WaitTimeout
 from vfio_vmbus.host.balloon import PageSet
@@ -139,7 +139,7 @@ def test_pages_are_taken_as_they_were_given():
 
 def driven(answer, use, **options):
     vsp = ScriptedVsp(answer)
-    with nothing_left(objects=False), EmbeddedHost() as host, open_device(host.attach(vsp)) as device:
+    with nothing_left(objects=False), EmbeddedHost() as host, open_offered(host.attach(vsp)) as device:
         with Balloon(device, limit=4096, pressure=lambda: PLENTY, report=3600.0, **options) as driver:
             use(host, vsp, driver)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tests.balloon.balloon_rig import PLENTY, balloon_pair
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.offered import open_offered
 from vfio_vmbus.drivers.balloon.driver import Balloon
 from vfio_vmbus.drivers.balloon.memory import CHUNK_PAGES
 from vfio_vmbus.drivers.balloon.pressure import Pressure, floor, read_pressure
@@ -136,7 +136,7 @@ def test_the_host_is_not_asked_out_of_order():
 def test_a_driver_that_comes_back_begins_anew():
     with nothing_left(objects=False), EmbeddedHost() as host:
         vsp = host.add_balloon()
-        with open_device(host.attach(vsp)) as device:
+        with open_offered(host.attach(vsp)) as device:
             for _ in range(3):
                 with Balloon(device, limit=100, pressure=lambda: PLENTY) as driver:
                     host.run(lambda: vsp.request(50))
@@ -153,7 +153,7 @@ def test_a_device_that_is_taken_away_says_so():
 
 
 def test_another_device_is_no_balloon():
-    with EmbeddedHost() as host, open_device(host.attach(host.add_nic())) as device:
+    with EmbeddedHost() as host, open_offered(host.attach(host.add_nic())) as device:
         with pytest.raises(UsageError, match="is no balloon"):
             Balloon(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vfio_vmbus.memory.mapping import Mapping
 from vfio_vmbus.vfio.device import Device, Dma, Irq, Region
 
 
@@ -39,7 +40,7 @@ class BentDevice(Device):
 class _Region(Region):
     def __init__(self, device: BentDevice, inner: Region) -> None:
         self.device, self.inner = device, inner
-        self.index, self.size, self.flags = inner.index, inner.size, inner.flags
+        self.index, self.size, self.flags, self.areas = inner.index, inner.size, inner.flags, inner.areas
 
     def read(self, offset: int, size: int) -> bytes:
         return self.device.use(f"read {offset:#x}", lambda: self.inner.read(offset, size))
@@ -49,6 +50,9 @@ class _Region(Region):
 
     def doorbell(self, offset: int) -> int:
         return self.device.use("doorbell", lambda: self.inner.doorbell(offset))
+
+    def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
+        return self.device.use("map region", lambda: self.inner.map(offset, size, wrap_from=wrap_from))
 
 
 class _Irq(Irq):

@@ -10,7 +10,7 @@ from bent_device import BentDevice
 
 from vfio_vmbus.channel.connection import VmbusConnection
 from vfio_vmbus.channel.device import READ, WRITE
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.errors import ClosedError, DmaError, PeerError, UsageError, VfioVmbusError
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.testing.leaks import nothing_left

@@ -11,7 +11,8 @@ from bent_device import BentDevice
 
 from vfio_vmbus.channel.connection import VmbusConnection
 from vfio_vmbus.channel.device import READ, WRITE
-from vfio_vmbus.channel.offered import OfferedDevice, open_device
+from vfio_vmbus.channel.offered import OfferedDevice
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.errors import ClosedError, DmaError, RefusedError, RescindedError, UnavailableError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.mapping import PAGE

@@ -163,7 +163,8 @@ def test_the_demo_without_namespaces() -> None:
     said = json.loads(done.stdout)
     assert said["ping"] is None
     assert said["replay"]["sha256_match"]
-    assert said["nic"]["isolation"] == "software IOMMU"
+    assert said["nic"]["isolation"] == "vfio-user server"
+    assert said["processes"]["driver"] != said["processes"]["host"]
     check_attacks(said)
 
 

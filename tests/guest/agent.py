@@ -44,7 +44,7 @@ def _run(order: dict[str, Any], pipe: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
     def say(**words: Any) -> None:
-        data = json.dumps({"id": order["id"], **words}).encode() + b"\n"
+        data = json.dumps({"id": order["id"], **words}, default=bytes.hex).encode() + b"\n"
         while data:
             data = data[os.write(pipe, data) :]
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from vfio_vmbus.apps.tap import TapBridge
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.host.embedded import EmbeddedHost
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
 from .packages import CACHE, Tools, tools
-from .run import Guest, edu_device
+from .run import Guest, edu_device, nvme_device, user_device
+from .server import Server
 
 PAYLOADS = Path(__file__).with_name("payloads")
 
@@ -33,9 +36,31 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def guest(programs: Tools) -> Iterator[Guest]:
-    """A guest that has booted, with QEMU's edu device at EDU_ADDRESS."""
+def outside() -> Iterator[Namespace | None]:
+    """A network namespace on this side of the switch; None, with the reason printed, where the machine forbids it."""
+    try:
+        with Lab(NamespaceSpec("outside", "10.77.0.1/24")) as lab:
+            yield lab.namespaces[0]
+    except UnavailableError as error:
+        print(f"no namespaces: {error}")
+        yield None
+
+
+@pytest.fixture(scope="session")
+def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]:
+    """The server of the guest's card, whose switch has a port in the namespace outside."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), outside.tap.fd if outside else -1) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
+    """A guest that has booted, with what our server serves, a card and an edu, and QEMU's own edu and NVMe controller."""
     kernels = compiled(CACHE / "kernels")
-    with tempfile.TemporaryDirectory(prefix="guest-") as folder, Guest(programs, Path(folder), kernels, edu_device()) as guest:
+    devices = [*user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7), *edu_device()]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rig-")))
+        guest = stack.enter_context(Guest(programs, folder, kernels, [*devices, *nvme_device(folder)]))
+        guest_server.event("attached")
         print(guest.hello)
         yield guest

@@ -1,7 +1,7 @@
 """The guest's initramfs: busybox, the kernel modules it needs in their order, and an init that hands over to the host's own Python.
 
 The guest's root is the machine's own file system, shared read-only (virtiofs): the guest runs the very Python, libraries and
-sources that run the tests, under the same paths, and nothing needs to be copied. What must be writable lies in /dev/shm.
+sources that run the tests, under the same paths, and nothing needs to be copied. What must be writable lies in /dev/shm and /run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ for module in {modules}; do /bin/busybox insmod /modules/$module || echo "init: 
 /bin/busybox mount -t virtiofs -o ro {share} /host || exec /bin/busybox poweroff -f
 /bin/busybox mkdir /dev/shm
 for place in proc sys dev; do /bin/busybox mount --bind /$place /host/$place; done
-/bin/busybox mount -t tmpfs tmp /host/dev/shm
-exec /bin/busybox env -i {environment} /bin/busybox chroot /host {command}
+for place in dev/shm run; do /bin/busybox mount -t tmpfs tmp /host/$place; done
+exec /bin/busybox env -i {environment} /bin/busybox switch_root /host {command}
 """
 
 

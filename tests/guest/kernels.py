@@ -11,13 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .process import SOURCES
+
 CPU = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-_SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 
 def compiled(folder: Path) -> Path:
     """`folder` as the XDG_CACHE_HOME of a process that found everything in it; what is not there is compiled now."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(_SOURCES), "XDG_CACHE_HOME": str(folder), **CPU}
+    environment = {**os.environ, **SOURCES, "XDG_CACHE_HOME": str(folder), **CPU}
     subprocess.run([sys.executable, str(Path(__file__).with_name("compile_kernels.py"))], check=True, env=environment)
     return folder

@@ -25,12 +25,24 @@ BOOT_SECONDS = 180.0
 PRELOAD = ("vfio_vmbus.channel.offered", "vfio_vmbus.drivers.netvsc.driver")
 
 EDU_ADDRESS = "0000:00:05.0"
+NVME_ADDRESS = "0000:00:06.0"
+NVME_VECTORS = 2048
+NVME_SERIAL = "vfio-vmbus"
 USER_ADDRESS = "0000:00:04.0"
+USER_EDU_ADDRESS = "0000:00:07.0"
 
 
 def edu_device() -> list[str]:
     """QEMU's options for its educational PCI device, at EDU_ADDRESS."""
     return ["-device", "edu,addr=5.0"]
+
+
+def nvme_device(folder: Path) -> list[str]:
+    """QEMU's options for an NVMe controller with many interrupts, which the guest's kernel has a driver for, at NVME_ADDRESS."""
+    disk = folder / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    drive = f"file={disk},if=none,id=disk,format=raw"
+    return ["-drive", drive, "-device", f"nvme,drive=disk,serial={NVME_SERIAL},addr=6.0,msix_qsize={NVME_VECTORS}"]
 
 
 def user_device(where: Path, name: str = "vu0", slot: int = 4) -> list[str]:

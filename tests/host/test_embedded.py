@@ -9,7 +9,7 @@ import pytest
 from raw_client import RawClient, eventually
 
 from vfio_vmbus.channel.connection import VmbusConnection
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import ClosedError, RescindedError, UsageError, VfioVmbusError, WaitTimeout
 from vfio_vmbus.host import embedded

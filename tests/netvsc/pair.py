@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vfio_vmbus.channel.offered import OfferedDevice, open_device
+from vfio_vmbus.channel.offered import OfferedDevice
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import FRAME
 from vfio_vmbus.host.embedded import EmbeddedHost

@@ -12,7 +12,7 @@ import pytest
 
 from tests.dataplane.checksums import ipv4_filled, l4_filled, made
 from tests.netvsc.pair import PATIENCE, SMALL, End, Pair, pair
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import GOOD_IP_CHECKSUM, GOOD_L4_CHECKSUM
 from vfio_vmbus.errors import RefusedError, UsageError, WaitTimeout

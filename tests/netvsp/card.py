@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vfio_vmbus.channel.offered import open_device
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.frames import BURST, FRAME, mac_value
 from vfio_vmbus.host.netvsp.state import NIC, WORKER

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.netvsp.traffic import Traffic
-from vfio_vmbus.channel.offered import OfferedDevice, open_device
+from vfio_vmbus.channel.offered import OfferedDevice
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.control import Control

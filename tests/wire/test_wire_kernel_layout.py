@@ -341,7 +341,7 @@ NOT_IN_BTF = {
     ring.PacketFooter: "a u64 in hv_ringbuffer_write, the write index in its upper half",
 }
 
-ELSEWHERE = ("pci", "vfio", "vfio_user", "vfio_ioctl", "iommufd")  # other specifications: test_wire_vfio, test_wire_uapi
+ELSEWHERE = ("pci", "vfio", "vfio_user", "vfio_ioctl", "iommufd", "opened")  # other specifications, or our own
 
 
 def member(name: str, path: str) -> tuple[int, int]:

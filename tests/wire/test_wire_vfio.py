@@ -39,6 +39,7 @@ LAYOUTS = {
     vfio_user.WriteMulti: (8, "count 0 writes 8"),
     vfio_user.WriteMultiReply: (8, "count 0"),
     vfio_user.DmaAccess: (16, "iova 0 count 8"),
+    vfio_user.OldDmaAccess: (12, "iova 0 count 8"),
     vfio_user.MigrationData: (8, "argsz 0 size 4"),
     pci.ConfigHeader: (
         64,
@@ -46,6 +47,7 @@ LAYOUTS = {
         "bars 16 cardbus 40 subsystem_vendor 44 subsystem 46 rom 48 capabilities 52 reserved 53 interrupt_line 60 interrupt_pin 61 "
         "min_grant 62 max_latency 63",
     ),
+    pci.MsiCapability: (14, "id 0 next 1 control 2 address_low 4 address_high 8 data 12"),
     pci.MsixCapability: (12, "id 0 next 1 control 2 table 4 pending 8"),
     pci.MsixEntry: (16, "address_low 0 address_high 4 data 8 control 12"),
     pci.VmbusCapability: (40, "id 0 next 1 length 2 layout 3 magic 4 class_guid 8 instance_guid 24"),

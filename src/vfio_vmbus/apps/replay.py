@@ -37,7 +37,7 @@ def replay(
     recorded_pace: bool = False,
     progress: Callable[[int], None] = lambda frames: None,
 ) -> Replayed:
-    """Send all frames `loops` times: as fast as the card takes them, or at the pace of the recording.
+    """Send all frames `loops` times, until the host has taken them: as fast as the card takes them, or at the pace of the recording.
 
     Raises UsageError for a file that is no capture or has frames beyond the MTU, WaitTimeout when the host takes nothing any more.
     """
@@ -57,7 +57,20 @@ def replay(
             for first in range(0, len(frames), BURST):
                 _send(nic, table, first, min(first + BURST, len(frames)))
         progress((loop + 1) * len(frames))
+    _drain(nic)
     return Replayed(loops * len(frames), loops * int(sizes.sum()), time.monotonic() - start)
+
+
+def _drain(nic: Netvsc) -> None:
+    """Until the host has taken everything: who closes the card earlier loses the last frames."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        nic.queue.rx_burst()
+        if nic.queue.unanswered == 0:
+            return
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"the host to take {nic.queue.unanswered} transfers", PATIENCE)
+        nic.queue.wait(0.01)
 
 
 def _paced(nic: Netvsc, table: Block, times: list[int]) -> None:

@@ -82,9 +82,7 @@ def check_driver(seat: Seat, driver: str) -> None:
     if not driver or "/" in driver or driver in (".", "..") or not driver.isprintable():
         raise UsageError(f"{driver!r} is no name of a driver: take one as vfio-pci")
     if not seat.driver_folder(driver).is_dir():
-        raise UnavailableError(
-            f"the kernel has no {seat.bus.upper().replace('VMBUS', 'VMBus')} driver {driver} loaded: modprobe {driver}"
-        )
+        raise UnavailableError(f"the kernel has no {seat.bus.upper().replace('VMBUS', 'VMBus')} driver {driver} loaded: modprobe {driver}")
 
 
 def check_writable(seat: Seat, driver: str | None) -> None:
@@ -120,9 +118,7 @@ def hand_over(seat: Seat, driver: str, state: Path | None) -> Binding:
             _give(seat, driver, driver)
             now = seat.driver()
             if now != driver:
-                raise UnavailableError(
-                    f"{driver} does not take {seat.label}: it has {now or 'no driver'} now (see the kernel's log)"
-                )
+                raise UnavailableError(f"{driver} does not take {seat.label}: it has {now or 'no driver'} now (see the kernel's log)")
         except UnavailableError as error:
             raise _put_back_after(error, seat, made, record) from error
     return made

@@ -29,12 +29,14 @@ class SharedBuffer(ABC):
 
 
 class Channel(ABC):
-    """An open channel. One thread at a time uses each ring; `interrupt` is the eventfd that the host signals."""
+    """An open channel. One thread at a time uses each ring; `interrupt` is the eventfd that the host signals, `doorbell` the one
+    that signals the host."""
 
     relid: int
     incoming: IncomingRing
     outgoing: OutgoingRing
     interrupt: int
+    doorbell: int
 
     def wait(self, seconds: float) -> bool:
         """Sleep until the host signals; False when `seconds` passed. Unmask the incoming ring and look once more before."""
@@ -58,14 +60,18 @@ class VmbusDevice(ABC):
 
     @abstractmethod
     def open(self, ring_pages: int, user_data: bytes = b"") -> Channel:
-        """Open the primary channel with two rings of `ring_pages` pages each, their control pages included.
+        """Open the primary channel with two rings of `ring_pages` pages each, their control pages included. That is a wish: where the
+        rings are there already, they are as they are.
 
         Raises RefusedError when the host says no, WaitTimeout when it says nothing, RescindedError when the device is gone.
         """
 
     @abstractmethod
     def share(self, size: int, access: int, name: str) -> SharedBuffer:
-        """Make a GPADL over `size` fresh bytes. access: READ, WRITE or both, as the host sees it. Raises as `open`."""
+        """Make a GPADL over `size` fresh bytes. access: READ, WRITE or both, as the host sees it. Raises as `open`.
+
+        Where buffers are there already it is the one of that direction, whose `size` may be more, or less.
+        """
 
     @abstractmethod
     def dma_buffer(self, size: int, access: int, name: str) -> DmaBuffer:

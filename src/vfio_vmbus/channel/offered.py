@@ -35,8 +35,8 @@ class OfferedChannel(Channel):
         with ExitStack() as stack:
             buffer = connection.space.buffer(2 * size, READ | WRITE, f"rings-{relid}")
             stack.callback(quietly, buffer.close)
-            doorbell = connection.doorbell(relid)
-            pair = stack.enter_context(RingPair.fresh(buffer.memory, 0, size, 2 * size, doorbell, f"channel {relid}"))
+            self.doorbell = connection.doorbell(relid)
+            pair = stack.enter_context(RingPair.fresh(buffer.memory, 0, size, 2 * size, self.doorbell, f"channel {relid}"))
             self.incoming = pair.incoming
             self.outgoing = pair.outgoing
             self.interrupt = eventfd.make()
@@ -126,8 +126,8 @@ class OfferedDevice(VmbusDevice):
         return part
 
 
-def open_device(device: Device, class_guid: UUID | None = None) -> OfferedDevice:
-    """Connect over `device` and take the first device offered (of the class, if one is given). Closing it closes all of that.
+def open_offered(device: Device, class_guid: UUID | None = None) -> OfferedDevice:
+    """Connect over `device`, a PCI function, and take the first device offered (of the class, if one is given). Closing it closes all that.
 
     `device` is closed at once when this raises: as VmbusConnection does, and RefusedError when nothing of the class is offered.
     """

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .embedded import JsonOption
+from .card import JsonOption
 from .output import print_json
 
 AddressArgument = Annotated[str, typer.Argument(help="The device: 0000:00:04.0, or 00:04.0.", metavar="ADDRESS")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .embedded import JsonOption, MtuOption
+from .card import JsonOption, MtuOption
 from .output import print_json, print_table, progress
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .embedded import JsonOption
+from .card import JsonOption
 from .output import print_json, print_table
 
 _SYSFS = Path("/sys/bus/vmbus/devices")

@@ -6,18 +6,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .embedded import DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card
+from .card import Card, DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card, is_embedded
 from .output import Progress, count, print_json, print_table, progress
-
-if TYPE_CHECKING:
-    from .embedded import Bench
 
 app = typer.Typer(help="Drive a VMBus network card from user space.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -46,14 +43,16 @@ def _wait(stop: threading.Event, seconds: float | None, watch: Any, shown: Progr
     return time.monotonic() - start
 
 
-def _report(bench: Bench, result: dict[str, Any], as_json: bool, title: str) -> None:
-    ports = {port.name: asdict(port.counters()) for port in bench.host.switch.ports}
-    nic = asdict(bench.nic.info)
-    counters = asdict(bench.nic.counters())
+def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> None:
+    ports = {port.name: asdict(port.counters()) for port in card.host.switch.ports} if card.host else {}
+    nic = asdict(card.nic.info)
+    counters = asdict(card.nic.counters())
     if as_json:
         print_json({**result, "nic": nic, "counters": counters, "ports": ports})
         return
     print_table(title, ("what", "value"), [(name.replace("_", " "), value) for name, value in result.items()], right=(1,))
+    if not ports:
+        return
     names = ("rx_frames", "rx_bytes", "tx_frames", "tx_bytes", "no_room", "spoofed", "errors")
     rows = [(name, *(values[key] for key in names)) for name, values in ports.items()]
     heads = ("port", "frames in", "bytes in", "frames out", "bytes out", "no room", "spoofed", "errors")
@@ -78,19 +77,18 @@ def tap(
     """
     from ..apps.lab.tap import open_tap
 
-    with (
-        open_tap(name, mtu=mtu) as interface,
-        progress(_COMPILING) as shown,
-        _stoppable() as stop,
-        driven_card(device, port, mtu=mtu, poll=poll, mac=interface.mac) as bench,
-    ):
+    embedded = is_embedded(device)
+    with progress(_COMPILING) as shown, _stoppable() as stop, ExitStack() as stack:
+        own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
+        card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None))
+        interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
         from ..apps.tap import TapBridge
 
-        with TapBridge(bench.nic, interface, poll=poll) as bridge:
+        with TapBridge(card.nic, interface, poll=poll) as bridge:
             elapsed = _wait(stop, seconds, lambda: sum(_frames(bridge.counters())), shown, "passed")
             bridge.check()
         result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
-        _report(bench, result, as_json, f"TAP {name}")
+        _report(card, result, as_json, f"TAP {name}")
 
 
 def _frames(counters: Any) -> tuple[int, int]:
@@ -112,14 +110,14 @@ def fwd(
 
     Example: vfio-vmbus net fwd --port generator:64 --seconds 3
     """
-    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, poll=poll) as bench:
+    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, poll=poll) as card:
         from ..apps.forward import Forwarder
 
-        with Forwarder(bench.nic, poll=poll) as forwarder:
+        with Forwarder(card.nic, poll=poll) as forwarder:
             elapsed = _wait(stop, seconds, lambda: forwarder.counters().sent, shown, "sent back")
         counters = forwarder.counters()  # of a loop that has ended: read while it runs, they need not agree with each other
         result = {**asdict(counters), "seconds": round(elapsed, 2), "mpps": round(counters.sent / elapsed / 1e6, 3)}
-        _report(bench, result, as_json, "Forwarded")
+        _report(card, result, as_json, "Forwarded")
 
 
 @app.command()
@@ -141,10 +139,10 @@ def capture(
     """
     from ..apps.capture import capture as run
 
-    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, promiscuous=True) as bench:
+    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, promiscuous=True) as card:
         start = time.monotonic()
         done = run(
-            bench.nic,
+            card.nic,
             file,
             frames=frames,
             seconds=seconds,
@@ -153,7 +151,7 @@ def capture(
             progress=lambda number: shown.say(f"{count(number)} frames written; Ctrl-C ends"),
         )
         result = {"file": str(file), **asdict(done), "seconds": round(time.monotonic() - start, 2)}
-        _report(bench, result, as_json, f"Captured to {file}")
+        _report(card, result, as_json, f"Captured to {file}")
 
 
 @app.command()
@@ -174,25 +172,16 @@ def replay(
     """
     from ..apps.replay import replay as run
 
-    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True) as bench:
+    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True) as card:
         done = run(
-            bench.nic,
+            card.nic,
             file,
             loops=loops,
             recorded_pace=recorded_pace,
             progress=lambda number: shown.say(f"{count(number)} frames sent"),
         )
-        _settle(bench)
         result = {"file": str(file), "frames": done.frames, "bytes": done.bytes, "seconds": round(done.seconds, 4)}
-        _report(bench, result, as_json, f"Replayed {file}")
-
-
-def _settle(bench: Bench) -> None:
-    """Until the host has taken everything that was sent."""
-    port = next(port for port in bench.host.switch.ports if port.kind == "nic")
-    deadline = time.monotonic() + 2
-    while port.counters().rx_frames < bench.nic.counters().tx_frames and time.monotonic() < deadline:
-        time.sleep(0.01)
+        _report(card, result, as_json, f"Replayed {file}")
 
 
 @app.command()
@@ -222,6 +211,7 @@ def bench(
                 frame = peer + card.nic.mac + b"\x88\xb5" + bytes(size - 14)
                 sent = measure_sending(card.nic, frame, seconds)
                 shown.say(f"receiving {size}-byte frames")
+                assert card.host is not None, "an embedded card has its host here"
                 card.host.switch.add_generator(peer, card.nic.mac, size=size)
                 received = measure_receiving(card.nic, size, seconds)
                 results.append(

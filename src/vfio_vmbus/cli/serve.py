@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .embedded import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
+from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
 from .output import progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def serve(
         list[int] | None,
         typer.Option("--fd", help="The same: an inherited socket, listening or connected.", metavar="N", min=0),
     ] = None,
+    personality: Annotated[
+        str,
+        typer.Option(help="How a device looks: pci, or vmbus (rings and buffers opened by this process, shown as regions)."),
+    ] = "pci",
     port: PortOption = None,
     mtu: MtuOption = 9000,
     poll: PollOption = "adaptive",
@@ -68,6 +72,8 @@ def serve(
     if any(text.startswith("replay:") for text in port or []):
         raise UsageError("--port replay: it would be over before a client is there")
     permissions = _octal(mode)
+    if personality not in ("pci", "vmbus"):
+        raise UsageError(f"--personality {personality}: take pci or vmbus")
     _raise_descriptor_limit()
     events: SimpleQueue[ServerEvent | None] = SimpleQueue()
     with ExitStack() as stack:
@@ -94,9 +100,9 @@ def serve(
             )
             for name, place in zip(names, places, strict=True):
                 if isinstance(place, int):
-                    server.adopt(place, cards[name])
+                    server.adopt(place, cards[name], personality=personality)
                 else:
-                    server.listen(place, cards[name], mode=permissions)
+                    server.listen(place, cards[name], mode=permissions, personality=personality)
         if not as_json:
             shown = (f"embedded:{name} at {_shown(place)}" for name, place in zip(names, places, strict=True))
             print(f"serving {', '.join(shown)}", flush=True)

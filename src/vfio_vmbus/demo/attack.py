@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..channel.device import VmbusDevice
 from ..channel.offered import OfferedDevice
-from ..host.embedded import EmbeddedHost
-from ..testing.hostile import ATTACKS, Arena
+from ..errors import UsageError
+from ..testing.hostile import ATTACKS, Raid
+from .hostprocess import HostProcess
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,18 @@ class Outcome:
     bytes_touched: int
 
 
-def attack_all(host: EmbeddedHost, victim: OfferedDevice, say: Callable[[str], None]) -> list[Outcome]:
-    """Run every attack there is against `host`, while `victim` is driven by the first client."""
+def attack_all(host: HostProcess, victim: VmbusDevice, say: Callable[[str], None]) -> list[Outcome]:
+    """Run every attack there is against `host`, each over a socket of its own, while `victim` is driven by the first client."""
+    if not isinstance(victim, OfferedDevice):
+        raise UsageError(f"{victim.name}: attackers are told of the memory of a card with a VMBus connection of its own")
+
+    def attach() -> VmbusDevice:
+        return host.attach(attacker=True)
+
     outcomes = []
-    with Arena(host, victim) as arena:
+    with Raid(attach, host, victim, addresses=host.ready.addresses, mac=host.ready.mac) as raid:
         for number, attack in enumerate(ATTACKS, 1):
             say(f"attack {number} of {len(ATTACKS)}: {attack.name}")
-            verdict = arena.judge(attack)
+            verdict = raid.judge(attack)
             outcomes.append(Outcome(attack.name, "; ".join(verdict.evidence), verdict.stopped, verdict.bytes_touched))
     return outcomes

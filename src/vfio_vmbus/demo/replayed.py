@@ -14,10 +14,10 @@ from pathlib import Path
 
 import dpkt
 
-from ..channel.offered import OfferedDevice, open_device
+from ..channel.device import VmbusDevice
 from ..drivers.netvsc.driver import Netvsc
 from ..errors import WaitTimeout
-from ..host.embedded import EmbeddedHost
+from .hostprocess import HostProcess, host_process
 
 FRAMES = 20_000
 PACE = 50_000.0
@@ -50,10 +50,10 @@ def write_capture(path: Path, destination: bytes, count: int) -> str:
 
 @dataclass(frozen=True)
 class ReplayStage:
-    """A host and a card that this process drives."""
+    """A host in a process of its own, and a card that this process drives."""
 
-    host: EmbeddedHost
-    device: OfferedDevice
+    host: HostProcess
+    device: VmbusDevice
     nic: Netvsc
 
 
@@ -61,8 +61,8 @@ class ReplayStage:
 def replay_stage() -> Iterator[ReplayStage]:
     """Set it up."""
     with ExitStack() as stack:
-        host = stack.enter_context(EmbeddedHost())
-        device = stack.enter_context(open_device(host.attach(host.add_nic("nic0"), name="embedded:nic0")))
+        host = stack.enter_context(host_process())
+        device = stack.enter_context(host.attach())
         yield ReplayStage(host, device, stack.enter_context(Netvsc(device)))
 
 
@@ -71,10 +71,10 @@ def replayed(on: ReplayStage) -> Replayed:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frames.pcap"
         expected = write_capture(path, on.nic.mac, FRAMES)
-        port = on.host.switch.add_replay(path, pace=PACE)
+        on.host.replay(str(path), PACE)
         digest = hashlib.sha256()
         received = _receive(on.nic, FRAMES, digest)
-        on.host.switch.remove(port)
+        on.host.stop_replay()
     return Replayed(FRAMES, received, digest.hexdigest() == expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,12 +38,13 @@ class Result:
     meanwhile: traffic.Ping | None
     attacks: list[Outcome]
     nic: NicInfo
+    host_pid: int
     seconds: float
     why_replay: str | None
 
     @property
     def checks(self) -> list[Check]:
-        found = []
+        found = [Check("processes", f"driver {os.getpid()}, host {self.host_pid}: the card is served by vfio-user", True)]
         if self.why_replay:
             found.append(Check("namespaces", self.why_replay, True))
         if self.ping:
@@ -82,6 +84,7 @@ class Result:
                 "bytes_touched": sum(item.bytes_touched for item in self.attacks),
                 "each": [asdict(item) for item in self.attacks],
             },
+            "processes": {"driver": os.getpid(), "host": self.host_pid},
             "nic": asdict(self.nic),
             "seconds": round(self.seconds, 2),
             "held": self.held,
@@ -117,7 +120,7 @@ def _with_lab(mtu: int, step: Say, detail: Say) -> Result:
             attacks = attack_all(on.host, on.device, detail)
         on.bridge.check()
         during = traffic.Ping(meanwhile.sent, meanwhile.received, None)
-        return Result(pinged, fetched, rate, None, during, attacks, on.nic.info, time.monotonic() - start, None)
+        return Result(pinged, fetched, rate, None, during, attacks, on.nic.info, on.host.pid, time.monotonic() - start, None)
 
 
 def _without_lab(why: str, step: Say, detail: Say) -> Result:
@@ -127,4 +130,4 @@ def _without_lab(why: str, step: Say, detail: Say) -> Result:
         result = replayed(on)
         step("attacks on the host")
         attacks = attack_all(on.host, on.device, detail)
-        return Result(None, None, None, result, None, attacks, on.nic.info, time.monotonic() - start, why)
+        return Result(None, None, None, result, None, attacks, on.nic.info, on.host.pid, time.monotonic() - start, why)

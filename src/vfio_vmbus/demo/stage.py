@@ -1,4 +1,4 @@
-"""What the demonstration stands on: two namespaces, a host between them, a card that this process drives."""
+"""What the demonstration stands on: two namespaces, a host in a process of its own between them, a card that this process drives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from ..apps.lab import Lab, Namespace
 from ..apps.tap import TapBridge
-from ..channel.offered import OfferedDevice, open_device
+from ..channel.device import VmbusDevice
 from ..drivers.netvsc.driver import Netvsc
-from ..host.embedded import EmbeddedHost
+from .hostprocess import HostProcess, host_process
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Stage:
 
     left: Namespace
     right: Namespace
-    host: EmbeddedHost
-    device: OfferedDevice
+    host: HostProcess
+    device: VmbusDevice
     nic: Netvsc
     bridge: TapBridge
 
@@ -31,10 +31,8 @@ def stage(mtu: int) -> Iterator[Stage]:
     with ExitStack() as stack:
         lab = stack.enter_context(Lab.pair(mtu))
         left, right = lab.namespaces
-        host = stack.enter_context(EmbeddedHost())
-        host.switch.add_tap(left.tap.fd, "left")
-        vsp = host.add_nic("nic0", right.tap.mac)
-        device = stack.enter_context(open_device(host.attach(vsp, name="embedded:nic0")))
+        host = stack.enter_context(host_process(right.tap.mac, left.tap.fd))
+        device = stack.enter_context(host.attach())
         nic = stack.enter_context(Netvsc(device, mtu=mtu))
         bridge = stack.enter_context(TapBridge(nic, right.tap))
         yield Stage(left, right, host, device, nic, bridge)

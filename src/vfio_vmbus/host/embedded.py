@@ -6,23 +6,24 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ..errors import ClosedError, UsageError, WaitTimeout
 from ..vfio.config import Identity
-from ..vfio.function import PciFunction
+from ..vfio.function import Function, PciFunction
 from ..vfio.inprocess import InProcessDevice
-from ..vfio.registers import ERROR_GONE
+from ..vfio.vmbus_function import VmbusFunction
 from ..wire.vmbus import ChannelOffer
 from .balloon import Balloon
 from .connection import Connection
 from .netvsp.vsp import Netvsp
+from .opened import Opener
 from .switch.switch import Switch
 from .vsp import Vsp
 
@@ -38,6 +39,41 @@ def random_mac() -> bytes:
     return bytes.fromhex("00155d") + secrets.token_bytes(3)
 
 
+HostEnd: TypeAlias = Connection | Opener
+"""What the host has of a client."""
+Made: TypeAlias = tuple[Function, HostEnd]
+
+
+def _as_pci(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+    """A PCI function, behind which the client opens what it likes."""
+    first = devices[0].offer if devices else ChannelOffer()
+    function = PciFunction(name, identity=Identity(first.class_guid, first.instance_guid), **options)
+    try:
+        return function, Connection(function, list(devices))
+    except BaseException:
+        function.close()
+        raise
+
+
+def _as_vmbus(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+    """One device whose channel is open."""
+    offer = devices[0].offer
+    function = VmbusFunction(name, identity=Identity(offer.class_guid, offer.instance_guid), **options)
+    return function, Opener(function, devices[0])
+
+
+PERSONALITIES: Mapping[str, Callable[[str, tuple[Vsp, ...], dict[str, Any]], Made]] = {"pci": _as_pci, "vmbus": _as_vmbus}
+"""How a device may look to its client."""
+
+
+def check_personality(personality: str, devices: tuple[Vsp, ...]) -> None:
+    """Raise UsageError unless these devices can look like that."""
+    if personality not in PERSONALITIES:
+        raise UsageError(f"personality {personality!r}: take {' or '.join(PERSONALITIES)}")
+    if personality == "vmbus" and len(devices) != 1:
+        raise UsageError(f"{len(devices)} devices with the personality vmbus: take one")
+
+
 class EmbeddedHost:
     """Runs from the moment it is made until `close`; a with statement closes it. Methods may be called from any thread.
 
@@ -49,7 +85,7 @@ class EmbeddedHost:
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
         self.balloons: dict[str, Balloon] = {}
-        self._connections: dict[PciFunction, Connection] = {}
+        self._connections: dict[Function, HostEnd] = {}
         self._used: set[Vsp] = set()
         self._at_close: list[Callable[[], None]] = []
         self._number = 0
@@ -72,32 +108,30 @@ class EmbeddedHost:
         self.balloons[name] = Balloon(name=name, **options)
         return self.balloons[name]
 
-    def attach(self, *devices: Vsp, name: str | None = None, **limits: int) -> InProcessDevice:
-        """A PCI function that offers these devices to one client, as a VFIO device. limits: as of Domain (max_maps, max_bytes).
+    def attach(self, *devices: Vsp, name: str | None = None, personality: str = "pci", **options: Any) -> InProcessDevice:
+        """These devices for one client, as a VFIO device. personality: "pci", a PCI function that offers them, or "vmbus", which shows
+        one device that is opened already. options: as of PciFunction or VmbusFunction (max_maps, max_bytes; sizes).
 
         Raises UsageError for a device that has a client, and for a card that is on another host's switch.
         """
 
         def attach() -> InProcessDevice:
-            function, released = self.make_function(*devices, name=name, **limits)
+            function, released = self.make_function(*devices, name=name, personality=personality, **options)
             return InProcessDevice(function, self.run, released)
 
         return self.run(attach)
 
-    def make_function(self, *devices: Vsp, name: str | None = None, **limits: int) -> tuple[PciFunction, Callable[[], None]]:
+    def make_function(
+        self, *devices: Vsp, name: str | None = None, personality: str = "pci", **options: Any
+    ) -> tuple[Function, Callable[[], None]]:
         """What `attach` wraps, for who serves it on this host's loop, and on it only: the function, and what is to be called, once, when
-        its client has gone. Raises as `attach`."""
+        its client has gone. Arguments and errors as of `attach`."""
+        check_personality(personality, devices)
         self._check(devices)
         self._number += 1
-        first = devices[0].offer if devices else ChannelOffer()
-        identity = Identity(first.class_guid, first.instance_guid)
-        function = PciFunction(name or f"embedded:{self._number}", identity=identity, **limits)
+        function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, options)
         function.domain.quiesce = self.switch.worker.paused
-        try:
-            self._connections[function] = Connection(function, list(devices))
-        except BaseException:
-            function.close()
-            raise
+        self._connections[function] = end
         self._used.update(devices)
 
         def released() -> None:
@@ -111,14 +145,14 @@ class EmbeddedHost:
         """Call this on the host's loop when the host closes, before its clients are let go."""
         self._at_close.append(callback)
 
-    def connection(self, device: InProcessDevice) -> Connection:
+    def connection(self, device: InProcessDevice) -> HostEnd:
         """The host's end of an attached device, to look at. Raises UsageError when it is not attached here (any more)."""
         connection = self._connections.get(device.function)
         if connection is None:
             raise UsageError(f"{device.info.name} is not attached to {self.name}")
         return connection
 
-    def connection_of(self, device: Vsp) -> Connection:
+    def connection_of(self, device: Vsp) -> HostEnd:
         """The host's end for the client that has this device, to look at. Raises UsageError when nobody has it."""
         found = self.run(lambda: next((each for each in self._connections.values() if each.has(device)), None))
         if found is None:
@@ -208,7 +242,7 @@ class EmbeddedHost:
                 return
         raise UsageError(f"no client of {self.name} has this device")
 
-    def _release(self, function: PciFunction) -> None:
+    def _release(self, function: Function) -> None:
         with ExitStack() as stack:
             stack.callback(function.close)
             stack.callback(self._connections.pop(function).close)
@@ -224,12 +258,12 @@ class EmbeddedHost:
             for callback in self._at_close:
                 stack.callback(callback)
 
-    def _end(self, function: PciFunction) -> None:
+    def _end(self, function: Function) -> None:
         if function not in self._connections:
             return
         with ExitStack() as stack:
             stack.callback(self._release, function)
-            function.fail(ERROR_GONE)  # wakes a client that waits for an answer
+            function.gone()
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:

@@ -11,7 +11,7 @@ from ..errors import ClosedError, RefusedError, UsageError
 from ..vfio.user_connection import Claim, Client, ServerLimits
 from ..vfio.user_device import FunctionDevice, ServedDevice
 from ..vfio.user_server import ServerEvent, UserServer
-from .embedded import EmbeddedHost
+from .embedded import EmbeddedHost, check_personality
 from .vsp import Vsp
 
 
@@ -35,13 +35,16 @@ class HostServer:
         self.server = host.run(lambda: UserServer(limits=limits, allow_uids=allow_uids, events=events))
         host.at_close(self.server.close)
 
-    def listen(self, path: str | os.PathLike[str], *devices: Vsp, mode: int = 0o600) -> None:
-        """Serve a function that offers these devices to whoever connects at `path`. Raises UsageError where that cannot be."""
-        self.host.run(lambda: self.server.listen(path, self._claim(devices), mode=mode))
+    def listen(self, path: str | os.PathLike[str], *devices: Vsp, mode: int = 0o600, personality: str = "pci") -> None:
+        """Serve these devices to whoever connects at `path`. personality: how they look, as of EmbeddedHost.attach.
 
-    def adopt(self, fd: int, *devices: Vsp) -> None:
+        Raises UsageError where that cannot be.
+        """
+        self.host.run(lambda: self.server.listen(path, self._claim(devices, personality), mode=mode))
+
+    def adopt(self, fd: int, *devices: Vsp, personality: str = "pci") -> None:
         """The same on an inherited socket, which listens or is connected to the client. Raises UsageError for other descriptors."""
-        self.host.run(lambda: self.server.adopt(fd, self._claim(devices)))
+        self.host.run(lambda: self.server.adopt(fd, self._claim(devices, personality)))
 
     @property
     def idle(self) -> bool:
@@ -59,12 +62,15 @@ class HostServer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _claim(self, devices: tuple[Vsp, ...]) -> Claim:
-        """How a client gets a device: the one place that knows what it is shown as."""
+    def _claim(self, devices: tuple[Vsp, ...], personality: str) -> Claim:
+        """How a client gets a device: the one place that knows what it is shown as. Raises UsageError for no personality of these."""
+        check_personality(personality, devices)
 
         def claim(client: Client) -> ServedDevice:
             try:
-                function, released = self.host.make_function(*devices, name=client.name, **self._function_limits)
+                function, released = self.host.make_function(
+                    *devices, name=client.name, personality=personality, **self._function_limits
+                )
             except UsageError as error:  # somebody has it by another way
                 raise RefusedError(str(error), errno.EBUSY) from error
             return FunctionDevice(function, released)

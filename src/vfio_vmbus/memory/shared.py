@@ -73,8 +73,8 @@ def require_sealed(fd: int) -> int:
         raise DmaError(f"descriptor {fd} is none: only sealed memfds are mapped")
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise DmaError(f"descriptor {fd} is not a memfd ({error.strerror}): only sealed memfds are mapped") from error
+    except (OSError, ValueError, OverflowError) as error:  # fcntl answers numbers that cannot be with the latter two
+        raise DmaError(f"descriptor {fd} is not a memfd ({error}): only sealed memfds are mapped") from error
     if not seals & fcntl.F_SEAL_SHRINK:
         raise DmaError(f"descriptor {fd} is a memfd without F_SEAL_SHRINK: seal it against shrinking first")
     page = os.fstatvfs(fd).f_bsize

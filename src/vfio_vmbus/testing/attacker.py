@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..channel.connection import VmbusConnection
 from ..channel.device import Channel, SharedBuffer, VmbusDevice
 from ..channel.offered import OfferedDevice
 from ..drivers.netvsc.driver import Netvsc
-from ..errors import PeerError, VfioVmbusError
+from ..errors import PeerError, UsageError, VfioVmbusError
 from ..iommu.dma import DmaBuffer
 from ..iommu.translation import READ, WRITE
 from ..memory.block import Block
@@ -86,12 +87,14 @@ class Attack:
     """One thing to try. `run(attacker)` does it and says what it saw; the attacker is of no more use afterwards.
 
     lawful: every single request is allowed, only their number is not; then nobody needs to refuse anything.
+    bus: it needs a VMBus connection of the attacker's own, to make GPADLs with.
     """
 
     name: str
     description: str
     run: Callable[[Attacker], Outcome]
     lawful: bool = False
+    bus: bool = False
 
 
 class _Noted(VmbusDevice):
@@ -149,7 +152,7 @@ class Attacker:
 
     def __init__(
         self,
-        device: OfferedDevice,
+        device: VmbusDevice,
         prey: Prey | None = None,
         *,
         patience: float = 0.3,
@@ -157,7 +160,6 @@ class Attacker:
         **options: Any,
     ) -> None:
         self.device = device
-        self.connection = device.connection
         self.prey = prey or Prey()
         self.patience = patience
         self.gone = gone
@@ -178,6 +180,13 @@ class Attacker:
         self.deaf = self._memory(WRITE, "deaf")
         self.mute = self._memory(READ, "mute")
         self.forbidden = (self.deaf, self.mute)
+
+    @property
+    def connection(self) -> VmbusConnection:
+        """Its VMBus connection. Raises UsageError for a device that was opened for it."""
+        if not isinstance(self.device, OfferedDevice):
+            raise UsageError(f"{self.device.name} has no VMBus connection of its own")
+        return self.device.connection
 
     def _memory(self, access: int, name: str) -> DmaBuffer:
         buffer = self.device.dma_buffer(4 * PAGE, access, name)
@@ -268,7 +277,7 @@ class Attacker:
         self._tally.tried += 1
         ring = self.channel.outgoing if outgoing else self.channel.incoming
         ring.mapping.write(offset, struct.pack("<I", value))
-        os.eventfd_write(self.connection.doorbell(self.channel.relid), 1)
+        os.eventfd_write(self.channel.doorbell, 1)
 
     def ask(self, request: Callable[[], object]) -> None:
         """Do something that waits for the host's answer; note its refusal."""

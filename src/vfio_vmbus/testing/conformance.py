@@ -40,6 +40,9 @@ def refused(kind: type[VfioVmbusError]) -> Iterator[None]:
 class DeviceConformance(ABC):
     """The tests of any device. Each opens one, and looks that nothing is left behind."""
 
+    doorbells = BAR0_REGION
+    """The region that has them."""
+
     @abstractmethod
     def open(self) -> Device:
         """A device, fresh or after a reset. What it needs besides was made before, and outlives it."""
@@ -123,7 +126,7 @@ class DeviceConformance(ABC):
 
     def test_a_doorbell_is_an_eventfd_and_always_the_same(self) -> None:
         with self.opened() as device:
-            region = device.region(BAR0_REGION)
+            region = device.region(self.doorbells)
             with refused(UsageError):
                 region.doorbell(region.size)
             with refused(UsageError):

@@ -74,6 +74,7 @@ class Edu:
 
     regions = vfio.PCI_REGIONS
     irqs = vfio.PCI_IRQS
+    pci = True
 
     def __init__(self, client: Client, *, max_maps: int = 65535) -> None:
         self.max_maps = max_maps

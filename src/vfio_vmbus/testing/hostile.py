@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Protocol
 
 from ..channel.device import VmbusDevice
-from ..channel.offered import OfferedDevice, open_device
-from ..errors import UsageError
+from ..channel.offered import OfferedDevice
+from ..channel.opening import open_device
 from ..host.embedded import EmbeddedHost
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE
@@ -104,8 +104,6 @@ class Raid:
     def judge(self, attack: Attack) -> Verdict:
         """Let a fresh client try it."""
         with self._attach() as device:
-            if not isinstance(device, OfferedDevice):
-                raise UsageError(f"{device.name}: attacks need a VMBus connection of their own")
             self._side.watch()
             attacker = Attacker(device, self.prey, gone=self._side.gone)
             own = [Canary(memory.mapping.address, marked_memory(attacker.mac, memory.size)) for memory in attacker.forbidden]
@@ -128,15 +126,18 @@ class Raid:
 
 
 class Arena:
-    """Attackers and judge in one process with the host. A with statement closes it; the cards stay on the host, unplugged."""
+    """Attackers and judge in one process with the host. A with statement closes it; the cards stay on the host, unplugged.
 
-    def __init__(self, host: EmbeddedHost, victim: OfferedDevice, *, name: str = "attacker") -> None:
+    personality: how the attackers' card is shown to them; attacks with `bus` need "pci".
+    """
+
+    def __init__(self, host: EmbeddedHost, victim: OfferedDevice, *, name: str = "attacker", personality: str = "pci") -> None:
         with ExitStack() as stack:
             judge = Judge(host, name)
             stack.callback(judge.close)
 
             def attach() -> VmbusDevice:
-                return open_device(host.attach(judge.card, name=f"embedded:{name}"))
+                return open_device(host.attach(judge.card, name=f"embedded:{name}", personality=personality))
 
             raid = stack.enter_context(Raid(attach, judge, victim, addresses=judge.addresses, mac=judge.card.mac))
             self.judge = raid.judge

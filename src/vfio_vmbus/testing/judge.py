@@ -17,13 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..channel.offered import open_device
+from ..channel.opening import open_device
 from ..drivers.netvsc.driver import Netvsc
-from ..host.connection import Connection
-from ..host.embedded import EmbeddedHost
+from ..host.embedded import EmbeddedHost, HostEnd
 from ..memory.block import Block
 from ..memory.mapping import PAGE
-from ..vfio.registers import REG_STATUS, STATUS_FAILED
 from ..wire import oid
 from .attacker import MARK, Outcome, marked_memory
 
@@ -72,7 +70,7 @@ class Judge:
         """Pages of the host's own memory, for attackers to try."""
         self._sight = open_device(host.attach(self._witness))
         self._eyes = Netvsc(self._sight, mtu=9000, packet_filter=oid.PACKET_TYPE_PROMISCUOUS)
-        self._connection: Connection | None = None
+        self._connection: HostEnd | None = None
         self._before: dict[str, int] = {}
 
     def watch(self) -> None:
@@ -82,8 +80,7 @@ class Judge:
 
     def gone(self) -> bool:
         """Has the host closed the attacker's card?"""
-        status = self._watched.function.read(REG_STATUS, 4)
-        return self.card.port is None or bool(status[0] & STATUS_FAILED)
+        return self.card.port is None or self._watched.function.failed
 
     def finding(self, outcome: Outcome, *, lawful: bool) -> Finding:
         """What the host saw of the attack. Waits a little, where it may still be about to notice."""
@@ -91,7 +88,7 @@ class Judge:
         return Finding(touched, tuple(self._evidence(outcome, lawful)))
 
     @property
-    def _watched(self) -> Connection:
+    def _watched(self) -> HostEnd:
         assert self._connection is not None, "watch() comes first"
         return self._connection
 
@@ -107,7 +104,7 @@ class Judge:
         self._eyes.poll()
         return seen
 
-    def _counts(self, connection: Connection) -> dict[str, int]:
+    def _counts(self, connection: HostEnd) -> dict[str, int]:
         counts = {f"nic {name}": self.card.counter(name) for name in _COUNTERS}
         port = self.card.port
         if port is not None:

@@ -29,13 +29,17 @@ IRQ_NORESIZE = 8
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """name: for people. isolation: what keeps the driver inside its own memory ("software IOMMU", ...), "" if nothing does."""
+    """name: for people. isolation: what keeps the driver inside its own memory ("software IOMMU", ...), "" if nothing does.
+
+    pci: is it a PCI device, whose regions and interrupts have the numbers of vfio-pci?
+    """
 
     name: str
     regions: int
     irqs: int
     resettable: bool
     isolation: str
+    pci: bool = True
 
 
 class Region(ABC):
@@ -61,8 +65,11 @@ class Region(ABC):
     def doorbell(self, offset: int) -> int:
         """An eventfd that stands for a write to the 32-bit register at `offset` (ioeventfd). It stays the device's: do not close it."""
 
-    def map(self, offset: int, size: int) -> Mapping:
-        """Map whole pages of one of `areas` into this process; the caller closes it. Raises UsageError outside of them."""
+    def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
+        """Map whole pages of one of `areas` into this process; the caller closes it. wrap_from: as for `Mapping`, for rings.
+
+        Raises UsageError outside of the areas, DmaError for memory that could be taken away again or cannot be mapped like this.
+        """
         raise UsageError(f"{size:#x} bytes at {offset:#x} of region {self.index} cannot be mapped")
 
     def read32(self, offset: int) -> int:

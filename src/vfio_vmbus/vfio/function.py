@@ -1,6 +1,6 @@
-"""A PCI function around one client's VMBus connection: its regions, interrupts and IO address space.
+"""`Function`: what a server has of a device for one client, and the one of the PCI personality, around a VMBus connection.
 
-It knows nothing of what stands behind it: a `Backend` gets the admin ring, and is told to let go. The function is
+A function knows nothing of what stands behind it: a `Backend` gets the admin ring, and is told to let go. It is
 single-threaded: whoever carries accesses to it (a device in this process, a server's loop) does so from one thread.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,8 @@ from ..errors import UsageError, VfioVmbusError
 from ..iommu.domain import Domain
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE, Piece
-from ..wire.vfio import REGION_CONFIG
+from ..memory.shared import SharedMemory
+from ..wire.vfio import IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_CONFIG
 from . import config, eventfd
 from . import registers as reg
 
@@ -59,9 +60,8 @@ class Vectors:
         """Let a vector signal a client's eventfd, or nobody. Raises UsageError for a number or a descriptor that is none."""
         if not 0 <= vector < len(self.fds):
             raise UsageError(f"interrupt vector {vector}: there are {len(self.fds)}")
-        if client is not None:
-            if not eventfd.is_eventfd(client):
-                raise UsageError(f"descriptor {client} is not an eventfd")
+        if client is not None and not eventfd.is_eventfd(client):
+            raise UsageError(f"descriptor {client} is not an eventfd")
         os.dup2(self._nobody if client is None else client, self.fds[vector], inheritable=False)
 
     def reset(self) -> None:
@@ -75,11 +75,51 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Window:
-    """A region of a function: `size` bytes. read(offset, size) and write(offset, data) raise UsageError for what it does not have."""
+    """A region of a function: `size` bytes. read(offset, size) and write(offset, data) raise UsageError for what it does not have.
+
+    memory: gives the region as memory, if clients may map it: the same for one client, another one for the next.
+    """
 
     size: int
     read: Callable[[int, int], bytes]
     write: Callable[[int, bytes], None]
+    memory: Callable[[], SharedMemory] | None = None
+
+
+class Function(Protocol):
+    """A device for one client at a time, of either personality. regions, irqs: how many indexes there are.
+
+    pci: is it a PCI function? irq: the index of its only kind of interrupt. windows: the regions that are there.
+    """
+
+    name: str
+    regions: int
+    irqs: int
+    pci: bool
+    irq: int
+    domain: Domain
+    vectors: Vectors
+
+    @property
+    def windows(self) -> Mapping[int, Window]: ...
+
+    def doorbells(self, region: int) -> range:
+        """Offsets of a region's 32-bit registers that an eventfd may stand for."""
+
+    def doorbell_at(self, region: int, offset: int) -> int:
+        """The eventfd that stands for the register at `offset`. Raises UsageError where there is none."""
+
+    def reset(self) -> None:
+        """Back to the state after power-on; maps and interrupts stay."""
+
+    def gone(self) -> None:
+        """What stands behind it ends: let go of the client's memory, show that and signal it."""
+
+    def release(self) -> None:
+        """The client is gone: reset, and nothing of it is kept."""
+
+    def close(self) -> None:
+        """The function itself goes away."""
 
 
 class PciFunction:
@@ -88,6 +128,11 @@ class PciFunction:
     vectors: up to 128. channels: doorbells, up to 1024. identity: what stands behind it, for the configuration space. limits: as of
     Domain (max_maps, max_bytes).
     """
+
+    regions = PCI_REGIONS
+    irqs = PCI_IRQS
+    pci = True
+    irq = IRQ_MSIX
 
     def __init__(
         self,
@@ -113,6 +158,13 @@ class PciFunction:
         self.backend: Backend | None = None
         self._doorbells: dict[int, int] = {}
         self._words = dict.fromkeys((_IOVA_LOW, _IOVA_HIGH, reg.REG_ADMIN_UPSTREAM, reg.REG_ADMIN_DOWNSTREAM), 0)
+        self._constants = {
+            reg.REG_MAGIC: reg.MAGIC,
+            reg.REG_LAYOUT: reg.LAYOUT,
+            reg.REG_CHANNELS: channels,
+            reg.REG_VECTORS: vectors,
+            reg.REG_MAX_ADMIN_PAGES: reg.MAX_ADMIN_PAGES,
+        }
         self._admin = range(0)
         """IOVAs of the running admin ring."""
         self._status = 0
@@ -126,20 +178,25 @@ class PciFunction:
             self._doorbells[number] = eventfd.make()
         return self._doorbells[number]
 
+    def doorbells(self, region: int) -> range:
+        return range(reg.REG_DOORBELLS, reg.REG_DOORBELLS + 4 * self.channels, 4) if region == config.BAR0_INDEX else range(0)
+
+    def doorbell_at(self, region: int, offset: int) -> int:
+        if offset not in self.doorbells(region):
+            raise UsageError(f"no doorbell register at {offset:#x} of region {region}")
+        return self.doorbell((offset - reg.REG_DOORBELLS) // 4)
+
+    @property
+    def failed(self) -> bool:
+        """Has the backend given up?"""
+        return self._status == reg.STATUS_FAILED
+
     def read(self, offset: int, size: int) -> bytes:
         """Read registers of BAR 0. Raises UsageError outside of it, at an odd width or unaligned."""
         _check_access(offset, size)
-        values = {
-            reg.REG_MAGIC: reg.MAGIC,
-            reg.REG_LAYOUT: reg.LAYOUT,
-            reg.REG_CHANNELS: self.channels,
-            reg.REG_VECTORS: len(self.vectors.fds),
-            reg.REG_MAX_ADMIN_PAGES: reg.MAX_ADMIN_PAGES,
-            reg.REG_STATUS: self._status,
-            reg.REG_ERROR: self._error,
-            **self._words,
-        }
-        return b"".join(values.get(at, 0).to_bytes(4, "little") for at in range(offset, offset + size, 4))
+        if size == 4:
+            return self._read_word(offset).to_bytes(4, "little")
+        return (self._read_word(offset) | self._read_word(offset + 4) << 32).to_bytes(8, "little")
 
     def write(self, offset: int, data: bytes) -> None:
         """Write registers of BAR 0. Raises as `read`."""
@@ -163,6 +220,10 @@ class PciFunction:
         self._msix.reset()
         self._reset_registers()
 
+    def gone(self) -> None:
+        """The host ends: `fail`, which wakes a client that waits for an answer."""
+        self.fail(reg.ERROR_GONE)
+
     def release(self) -> None:
         """The client is gone: reset, and nothing of it is kept."""
         with ExitStack() as stack:
@@ -177,6 +238,13 @@ class PciFunction:
                 stack.callback(os.close, self._doorbells.popitem()[1])
             stack.callback(self.vectors.close)
             stack.callback(self.release)
+
+    def _read_word(self, offset: int) -> int:
+        if offset == reg.REG_STATUS:
+            return self._status
+        if offset == reg.REG_ERROR:
+            return self._error
+        return self._words[offset] if offset in self._words else self._constants.get(offset, 0)
 
     def _write_word(self, offset: int, value: int) -> None:
         if offset >= reg.REG_DOORBELLS:

@@ -1,4 +1,4 @@
-"""A PCI function of this process as a VFIO device: what a socket or the kernel carries elsewhere is a call here.
+"""A function of this process as a VFIO device: what a socket or the kernel carries elsewhere is a call here.
 
 The function lives on its host's loop; `run` carries a call there and brings the answer back (ClosedError when that loop has ended).
 Memory is mapped anew for the function (it never sees the driver's pointers), and goes through its domain like anybody's.
@@ -12,24 +12,25 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from ..errors import ClosedError, UsageError
-from ..wire.vfio import PCI_IRQS, PCI_REGIONS
-from .device import BAR0_REGION, MSIX_IRQ, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
-from .function import PciFunction
-from .registers import REG_DOORBELLS
+from ..memory.mapping import Mapping
+from .device import REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
+from .function import Function
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], Any]], Any]
 
 
 class _Window(Region):
-    flags = REGION_READ | REGION_WRITE
-
-    def __init__(self, function: PciFunction, index: int, run: Run) -> None:
+    def __init__(self, function: Function, index: int, run: Run) -> None:
         self.index = index
         self._function = function
         self._window = function.windows[index]
         self._run = run
         self.size = self._window.size
+        self.flags = REGION_READ | REGION_WRITE
+        if self._window.memory is not None:
+            self.flags |= REGION_MMAP
+            self.areas = ((0, self.size),)
 
     def read(self, offset: int, size: int) -> bytes:
         return self._run(lambda: self._window.read(offset, size))
@@ -38,15 +39,18 @@ class _Window(Region):
         self._run(lambda: self._window.write(offset, bytes(data)))
 
     def doorbell(self, offset: int) -> int:
-        if self.index != BAR0_REGION or offset < REG_DOORBELLS or offset % 4:
-            raise UsageError(f"no doorbell register at {offset:#x} of region {self.index}")
-        return self._run(lambda: self._function.doorbell((offset - REG_DOORBELLS) // 4))
+        return self._run(lambda: self._function.doorbell_at(self.index, offset))
+
+    def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
+        memory = self._window.memory
+        if memory is None:
+            return super().map(offset, size)
+        return self._run(lambda: memory().map(offset, size, wrap_from=wrap_from))
 
 
-class _Msix(Irq):
-    index = MSIX_IRQ
-
-    def __init__(self, function: PciFunction, run: Run) -> None:
+class _Vectors(Irq):
+    def __init__(self, function: Function, run: Run) -> None:
+        self.index = function.irq
         self._function = function
         self._run = run
         self.count = len(function.vectors.fds)
@@ -59,7 +63,7 @@ class _Msix(Irq):
 
 
 class _Maps(Dma):
-    def __init__(self, function: PciFunction, run: Run) -> None:
+    def __init__(self, function: Function, run: Run) -> None:
         self._function = function
         self._run = run
 
@@ -71,18 +75,25 @@ class _Maps(Dma):
 
 
 class InProcessDevice(Device):
-    """The device over a PciFunction. `released` is called once, on the function's loop, after it was given back."""
+    """The device over a function. `released` is called once, on the function's loop, after it was given back."""
 
-    def __init__(self, function: PciFunction, run: Run, released: Callable[[], None]) -> None:
+    def __init__(self, function: Function, run: Run, released: Callable[[], None]) -> None:
         self.function = function
         self._call = run
         self._released = released
         self._open = True
         self._closing = Lock()
-        self.info = DeviceInfo(function.name, regions=PCI_REGIONS, irqs=PCI_IRQS, resettable=True, isolation="software IOMMU")
+        self.info = DeviceInfo(
+            function.name,
+            regions=function.regions,
+            irqs=function.irqs,
+            resettable=True,
+            isolation="software IOMMU",
+            pci=function.pci,
+        )
         self.dma = _Maps(function, self._run)
         self._regions = {index: _Window(function, index, self._run) for index in function.windows}
-        self._msix = _Msix(function, self._run)
+        self._irq = _Vectors(function, self._run)
 
     def region(self, index: int) -> Region:
         if index not in self._regions:
@@ -90,9 +101,9 @@ class InProcessDevice(Device):
         return self._regions[index]
 
     def irq(self, index: int) -> Irq:
-        if index != MSIX_IRQ:
-            raise UsageError(f"interrupt index {index}: this device has {MSIX_IRQ} (MSI-X) only")
-        return self._msix
+        if index != self._irq.index:
+            raise UsageError(f"interrupt index {index}: this device has {self._irq.index} only")
+        return self._irq
 
     def reset(self) -> None:
         self._run(self.function.reset)

@@ -107,7 +107,7 @@ class Commands:
         return value.pack(), ()
 
     def _get_info(self, request: Request) -> Reply:
-        flags = vfio.DEVICE_RESET | vfio.DEVICE_PCI
+        flags = vfio.DEVICE_RESET | (vfio.DEVICE_PCI if self.device.pci else 0)
         return wire.DeviceInfo(flags=flags, region_count=self.device.regions, irq_count=self.device.irqs).pack(), ()
 
     def _get_region_info(self, request: Request) -> Reply:
@@ -190,15 +190,23 @@ class Commands:
                 if kind == vfio.SET_DATA_NONE or request.data[place]:
                     self.device.fire(value.index, value.start + place)
 
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """REGION_READ: the data."""
+        self._check_access("REGION_READ", region, offset, count)
+        return self.device.read(region, offset, count)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """REGION_WRITE."""
+        self._check_access("REGION_WRITE", region, offset, len(data))
+        self.device.write(region, offset, data)
+
     def _region_read(self, request: Request) -> Reply:
         value: wire.RegionAccess = request.value
-        self._check_access("REGION_READ", value.region, value.offset, value.count)
-        return value.pack() + self.device.read(value.region, value.offset, value.count), ()
+        return value.pack() + self.read(value.region, value.offset, value.count), ()
 
     def _region_write(self, request: Request) -> Reply:
         value: wire.RegionAccess = request.value
-        self._check_access("REGION_WRITE", value.region, value.offset, value.count)
-        self.device.write(value.region, value.offset, request.data)
+        self.write(value.region, value.offset, request.data)
         return value.pack(), ()
 
     def _region_write_multi(self, request: Request) -> Reply:

@@ -29,9 +29,9 @@ _LARGE_PIECE: Final = 1 << 16
 """Of a message that is larger."""
 _MESSAGES: Final = 32
 """Messages carried out before others get their turn."""
-_MOST_FDS: Final = 253
-"""SCM_MAX_FD: Linux passes no more in one message, so that none is cut off for want of room."""
-_ROOM: Final = socket.CMSG_SPACE(4 * _MOST_FDS)
+_RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _LOOK_SECONDS: Final = 0.25
 """How often a client that is not read from is looked at: is it still there?"""
 _RETRY_SECONDS: Final = 0.005
@@ -91,6 +91,11 @@ class UserConnection:
         self.limits = limits or ServerLimits()
         self.core = ServerCore(lambda: claim(self), max_data=self.limits.max_data, max_msg_fds=self.limits.max_fds)
         self._socket = sock
+        self._room = socket.CMSG_SPACE(
+            4 * (self.limits.max_fds + 1)
+        )  # what does not fit is closed by the kernel, and refused here
+        self._buffer = memoryview(bytearray(_PIECE))
+        self._buffers = [self._buffer]
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._bucket = _Bucket(self.limits.max_requests, self._loop.time)
@@ -137,25 +142,35 @@ class UserConnection:
         for handle in (self._later, self._retry):
             if handle is not None:
                 handle.cancel()
-        self._socket.close()
-        self._carry_out(self.core.end())
         try:
+            self._carry_out(self.core.end())
             if self.core.device is not None:
                 self.core.device.release()
         finally:
+            self._socket.close()  # not before: a client that reads the end of the stream knows that its memory is not used any more
             self._ended(reason)
 
     def _readable(self) -> None:
-        size = min(max(_PIECE, self.core.missing), _LARGE_PIECE)
         try:
-            data, control, flags, _ = self._socket.recvmsg(size, _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+            if self.core.missing > _PIECE:
+                data, control, flags, _ = self._socket.recvmsg(min(self.core.missing, _LARGE_PIECE), self._room, _RECEIVE)
+            else:
+                count, control, flags, _ = self._socket.recvmsg_into(self._buffers, self._room, _RECEIVE)
+                data = self._buffer[:count].tobytes()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close(f"the client is gone: {error}")
             return
-        fds = _descriptors(control) if control else ()
-        self._carry_out(self.core.feed(data, fds, lost=bool(flags & socket.MSG_CTRUNC)))
+        lost = flags & _TRUNCATED != 0
+        if not control and not lost and not self._unsent and self._bucket.tokens >= 1:
+            reply = self.core.quick(data)
+            if reply is not None:
+                self._bucket.tokens -= 1
+                if reply:
+                    self._send(reply, ())
+                return
+        self._carry_out(self.core.feed(data, _descriptors(control) if control else (), lost=lost))
         if data:
             self._work()
         else:
@@ -224,11 +239,25 @@ class UserConnection:
 
     def _send(self, data: bytes, fds: tuple[int, ...]) -> None:
         """What finds no room waits, in order; else all of a reply goes in one piece, as QEMU takes no header in two."""
-        if self._open:
-            self._unsent.append((data, fds))
-            self._unsent_bytes += len(data)
-            if not self._writing:
-                self._flush()
+        if not self._open:
+            return
+        if not fds and not self._unsent:
+            try:
+                sent = self._socket.send(data, _SEND)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                self.close(f"the client is gone: {error}")
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._unsent.append((data, fds))
+        self._unsent_bytes += len(data)
+        if not self._writing:
+            self._flush()
+        if self._unsent_bytes >= self.limits.max_unsent:
+            self._read_on()
 
     def _flush(self) -> None:
         """Send what waits, as far as there is room."""
@@ -271,9 +300,8 @@ class UserConnection:
 
     def _sendmsg(self, data: bytes, fds: tuple[int, ...]) -> int:
         if not fds:
-            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        return self._socket.sendmsg([data], control, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return self._socket.send(data, _SEND)
+        return self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], _SEND)
 
 
 class _Bucket:
@@ -283,25 +311,25 @@ class _Bucket:
         self._rate = rate
         self._clock = clock
         self._most = max(rate, 1.0)
-        self._tokens = self._most
+        self.tokens = self._most
         self._since = clock()
 
     def take(self) -> bool:
         """One request; False when it is too early for it. Looks at the clock only when the bucket is empty."""
-        if self._tokens < 1:
+        if self.tokens < 1:
             now = self._clock()
-            self._tokens = min(self._most, self._tokens + (now - self._since) * self._rate)
+            self.tokens = min(self._most, self.tokens + (now - self._since) * self._rate)
             self._since = now
-            if self._tokens < 1:
+            if self.tokens < 1:
                 return False
-        self._tokens -= 1
+        self.tokens -= 1
         return True
 
     def wait(self) -> float:
         """Seconds until `take` may let one through."""
-        if self._tokens >= 1:
+        if self.tokens >= 1:
             return 0.0
-        return max(0.0, (1 - self._tokens) / self._rate - (self._clock() - self._since))
+        return max(0.0, (1 - self.tokens) / self._rate - (self._clock() - self._since))
 
 
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:

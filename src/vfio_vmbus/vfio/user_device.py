@@ -1,4 +1,4 @@
-"""What a vfio-user server shows: `ServedDevice`, and a PCI function as one.
+"""What a vfio-user server shows: `ServedDevice`, and a function as one.
 
 Methods raise UsageError, DmaError, or RefusedError whose status is an errno; descriptors that they are given stay the caller's.
 """
@@ -13,10 +13,9 @@ from typing import Protocol
 from ..errors import RefusedError, UsageError
 from ..iommu.domain import IOVA_LIMIT, Domain
 from ..memory.shared import is_sealed
-from ..wire.vfio import IRQ_EVENTFD, IRQ_MSIX, PCI_IRQS, PCI_REGIONS, REGION_BAR0
+from ..wire.vfio import IRQ_EVENTFD
 from . import eventfd
-from .function import PciFunction, Window
-from .registers import REG_DOORBELLS
+from .function import Function, Window
 
 DOORBELL_SIZE = 4
 
@@ -40,10 +39,14 @@ class ServedMap:
 
 
 class ServedDevice(Protocol):
-    """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0."""
+    """A device to be served. regions, irqs: how many indexes there are; those that are nothing have size 0, or count 0.
+
+    pci: is it a PCI function?
+    """
 
     regions: int
     irqs: int
+    pci: bool
     max_maps: int
 
     def region_size(self, region: int) -> int:
@@ -108,14 +111,14 @@ def map_for_client(domain: Domain, iova: int, size: int, access: int, fd: int | 
 
 
 class FunctionDevice:
-    """A PciFunction as a served device. released: called when its client has gone; by default the function is released."""
+    """A function as a served device. released: called when its client has gone; by default the function is released."""
 
-    regions = PCI_REGIONS
-    irqs = PCI_IRQS
-
-    def __init__(self, function: PciFunction, released: Callable[[], None] | None = None) -> None:
+    def __init__(self, function: Function, released: Callable[[], None] | None = None) -> None:
         self.function = function
         self.release = released or function.release
+        self.regions = function.regions
+        self.irqs = function.irqs
+        self.pci = function.pci
         self.max_maps = function.domain.max_maps
 
     def region_size(self, region: int) -> int:
@@ -123,7 +126,10 @@ class FunctionDevice:
         return window.size if window else 0
 
     def region_map(self, region: int) -> ServedMap | None:
-        return None
+        window = self.function.windows.get(region)
+        if window is None or window.memory is None:
+            return None
+        return ServedMap(window.memory().fd, 0, ((0, window.size),))
 
     def read(self, region: int, offset: int, size: int) -> bytes:
         return self._window(region).read(offset, size)
@@ -132,13 +138,11 @@ class FunctionDevice:
         self._window(region).write(offset, data)
 
     def io_fds(self, region: int, most: int) -> list[IoFd]:
-        if region != REGION_BAR0:
-            return []
-        numbers = range(min(most, self.function.channels))
-        return [IoFd(REG_DOORBELLS + DOORBELL_SIZE * n, DOORBELL_SIZE, self.function.doorbell(n)) for n in numbers]
+        places = self.function.doorbells(region)[:most]
+        return [IoFd(offset, DOORBELL_SIZE, self.function.doorbell_at(region, offset)) for offset in places]
 
     def irq_count(self, index: int) -> int:
-        return len(self.function.vectors.fds) if index == IRQ_MSIX else 0
+        return len(self.function.vectors.fds) if index == self.function.irq else 0
 
     def irq_flags(self, index: int) -> int:
         return IRQ_EVENTFD

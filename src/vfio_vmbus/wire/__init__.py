@@ -11,6 +11,7 @@
     pci                   configuration space and MSI-X
     vfio                  devices as VFIO shows them
     vfio_ioctl, iommufd   the kernel's ioctls for them, and for IO address spaces
+    opened                a VMBus device that its server has opened, as regions
     vfio_user             the same over a socket; vfio_user_version: what its ends tell each other first
 
 One field table per structure gives the class, its size, its offsets and its numpy dtype. Importing any of it

@@ -165,6 +165,12 @@ class Queue:
         table.array["size"] = sizes
         return self.tx_burst(table)
 
+    @property
+    def unanswered(self) -> int:
+        """Transfers that the host has not answered yet: their frames may still be on this side. Answers stand behind received frames."""
+        state = self._state
+        return state["send_sections"] - state["free_count"] + state["pool_slots"] - state["pool_free_count"]
+
     def wait(self, seconds: float) -> bool:
         """Sleep until the host has something for this queue, at most `seconds`. True when there is something."""
         deadline = time.monotonic() + seconds

@@ -48,7 +48,7 @@ def deaf_questions(attacker: Attacker) -> Outcome:
 
 def doorbells(attacker: Attacker) -> Outcome:
     """Its own doorbell, again and again, with nothing to see."""
-    bell = attacker.connection.doorbell(attacker.channel.relid)
+    bell = attacker.channel.doorbell
     for _ in range(20 * _MANY):
         os.eventfd_write(bell, 1)
     attacker.say(marked_message(attacker.mac, attacker.mac))  # to itself: it goes nowhere, and is answered
@@ -57,7 +57,7 @@ def doorbells(attacker: Attacker) -> Outcome:
 
 def full_doorbell(attacker: Attacker) -> Outcome:
     """A doorbell's counter filled to its limit, where another write would block."""
-    bell = attacker.connection.doorbell(attacker.channel.relid)
+    bell = attacker.channel.doorbell
     with suppress(BlockingIOError):
         os.eventfd_read(bell)
     os.eventfd_write(bell, (1 << 64) - 2)
@@ -84,5 +84,5 @@ AMOUNTS = (
     Attack("flood/questions", "questions without end, whose answers are not read", deaf_questions, lawful=True),
     Attack("flood/doorbells", "tens of thousands of doorbells for nothing", doorbells, lawful=True),
     Attack("flood/full-doorbell", "a doorbell filled to its limit", full_doorbell, lawful=True),
-    Attack("flood/gpadls", "thousands of GPADLs", gpadl_flood),
+    Attack("flood/gpadls", "thousands of GPADLs", gpadl_flood, bus=True),
 )
