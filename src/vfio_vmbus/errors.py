@@ -6,6 +6,7 @@
     |  +- ClosedError           use of something already closed or unmapped
     |  +- DmaError              memory that cannot be mapped, pinned or addressed
     |  +- UnavailableError      the kernel or the machine lacks a facility, or forbids it
+    |     +- UnsafeError        an unsafe way that was not asked for, or not allowed
     +- PeerError                the other side's mistake, or its refusal
        +- ProtocolError         a malformed, unknown or misplaced message
        |  +- RingError          ring indices or packet headers that cannot be
@@ -41,6 +42,10 @@ class DmaError(LocalError):
 
 class UnavailableError(LocalError):
     """A facility that the kernel or the machine lacks or forbids; the message says how to get it."""
+
+
+class UnsafeError(UnavailableError):
+    """A way without isolation that was not asked for, or that this process is not allowed; the message says which condition is missing."""
 
 
 class PeerError(VfioVmbusError):

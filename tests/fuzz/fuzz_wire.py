@@ -4,7 +4,7 @@ Parsers may raise ProtocolError and nothing else. SEEDS are good messages, for a
 """
 
 from vfio_vmbus.errors import ProtocolError
-from vfio_vmbus.wire import frame, gpa, ndis, nvsp, ring, rndis, vfio, vfio_user, vfio_user_version, vmbus
+from vfio_vmbus.wire import dm, frame, gpa, ndis, nvsp, ring, rndis, vfio, vfio_user, vfio_user_version, vmbus
 from vfio_vmbus.wire.table import Side
 
 _PAGES = gpa.single_pages(0x1234, 9000)
@@ -18,6 +18,10 @@ SEEDS = [
     nvsp.encode_indirection_table(range(16)),
     *(rndis.encode_message(kind()) for kind in rndis.TABLE),
     rndis.encode_message(rndis.QueryComplete(), ndis.Offload(header=ndis.ObjectHeader(size=156)).pack()),
+    *(dm.encode_message(kind()) for kind in dm.TABLE),
+    dm.encode_message(dm.BalloonResponse(flags=dm.RangesBefore.of(range_count=2), ranges=(dm.PageSpan(1), dm.PageSpan(2)))),
+    dm.encode_message(dm.UnballoonRequest(range_count=1, ranges=(dm.PageSpan.of(start_page=5, page_count=3),))),
+    dm.encode_message(dm.InfoMessage(info_size=16), dm.InfoHeader(data_size=8).pack() + bytes(8)),
     frame.encode_packet(frame.Frame(bytes(60), _INFOS), align=8) * 2,
     ring.Packet(payload=bytes(40)).pack(),
     ring.Packet(packet_type=ring.PACKET_GPA_DIRECT, pages=_PAGES, payload=bytes(40)).pack(),
@@ -89,6 +93,27 @@ def fuzz_indirection_table(data: bytes) -> None:
             continue
         assert len(table) == nvsp.SEND_TABLE_SIZE
         assert b"".join(entry.to_bytes(4, "little") for entry in table) in data[nvsp.SendIndirectionTable.SIZE :]
+
+
+def fuzz_dm_message(data: bytes) -> None:
+    """A message of dynamic memory that is taken is as long as it says, and encodes to the bytes that it came from."""
+    for sender in (Side.GUEST, Side.HOST):
+        try:
+            message = dm.parse_message(data, sender=sender)
+        except ProtocolError:
+            continue
+        assert message.nbytes <= message.size <= len(data)
+        assert data.startswith(message.pack())
+
+
+def fuzz_dm_info(data: bytes) -> None:
+    """What an InfoMessage says comes out of its bytes, and is as long as it says."""
+    try:
+        header, value = dm.parse_info(data)
+    except ProtocolError:
+        return
+    assert len(value) == header.data_size
+    assert value in data[dm.InfoMessage.SIZE + header.SIZE :]
 
 
 def fuzz_rndis_message(data: bytes) -> None:

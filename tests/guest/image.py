@@ -36,15 +36,17 @@ exec /bin/busybox env -i {environment} /bin/busybox switch_root /host {command}
 """
 
 
-def initramfs(tools: Tools, where: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Write an initramfs to `where` whose init loads MODULES and becomes `command`, run in the machine's file system."""
+def initramfs(
+    tools: Tools, where: Path, command: Sequence[str], environment: Mapping[str, str], modules: Sequence[str] = MODULES
+) -> None:
+    """Write an initramfs to `where` whose init loads the modules and becomes `command`, run in the machine's file system."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("bin", "proc", "sys", "dev", "host", "modules"):
             (root / name).mkdir()
         shutil.copy(tools.busybox, root / "bin/busybox")
         names = []
-        for name, code in _in_order(tools.modules, MODULES):
+        for name, code in _in_order(tools.modules, modules):
             (root / "modules" / name).write_bytes(code)
             names.append(name)
         words = {

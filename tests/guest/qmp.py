@@ -15,13 +15,14 @@ class QmpError(Exception):
 
 
 class Qmp:
-    def __init__(self, path: Path, timeout: float = 30.0) -> None:
-        """Raises OSError when nothing listens at `path`."""
+    def __init__(self, where: Path | socket.socket, timeout: float = 30.0) -> None:
+        """where: the socket, or its path. Raises OSError when nothing listens there."""
         self.events: list[dict[str, Any]] = []
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = where if isinstance(where, socket.socket) else socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         try:
-            self._socket.connect(str(path))
+            if isinstance(where, Path):
+                self._socket.connect(str(where))
         except OSError:
             self._socket.close()
             raise

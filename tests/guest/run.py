@@ -7,7 +7,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +102,9 @@ class Guest:
     devices: QEMU's options for what is to be driven; there is a virtual Intel IOMMU before all of them.
     """
 
+    boot_seconds = BOOT_SECONDS
+    """What a boot may take on a loaded machine."""
+
     def __init__(
         self, tools: Tools, folder: Path, kernels: Path, devices: Sequence[str] = (), *, memory: str = "1G", cpus: int = 1
     ) -> None:
@@ -184,12 +187,9 @@ class Guest:
             "XDG_CACHE_HOME": "/dev/shm/cache",
             **CPU,
         }
-        command = [sys.executable, agent.__file__, str(self._kernels), *PRELOAD]
-        initramfs(self._tools, self._folder / "init.cpio", command, environment)
+        self._make_image([sys.executable, agent.__file__, str(self._kernels), *PRELOAD], environment)
         share = self._folder / "share"
-        served = [*self._tools.virtiofsd, "--shared-dir=/", f"--socket-path={share}", "--readonly", "--cache=always"]
-        served += ["--sandbox=none", "--inode-file-handles=never", "--log-level=error"]
-        files = Program("virtiofsd", served, self._folder / "virtiofsd.log")
+        files = Program("virtiofsd", file_server(self._tools, share), self._folder / "virtiofsd.log")
         stack.callback(files.end)
         files.until("its socket was there", lambda: share.exists() or None)
         self.qemu = Program("QEMU", self._command(), self._folder / "qemu.log", self._tools.qemu_environment)
@@ -198,10 +198,18 @@ class Guest:
         self._port = socket.socket(socket.AF_UNIX)
         stack.callback(self._port.close)
         self._port.connect(str(self._folder / "port"))
+        self._connect(stack)
         said: list[dict[str, Any]] = []
-        self.receive(0, said, "the guest's boot", BOOT_SECONDS)
+        self.receive(0, said, "the guest's boot", self.boot_seconds)
         self.hello = said[0]["report"]
         self.compiled_at_start = said[0]["compiled"]
+
+    def _make_image(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """What boots and becomes `command`, the agent."""
+        initramfs(self._tools, self._folder / "init.cpio", command, environment)
+
+    def _connect(self, stack: ExitStack) -> None:
+        """Once QEMU runs, before the agent says anything."""
 
     def _command(self) -> list[str]:
         # no_timer_check: on a loaded machine, emulated, the timer can be too late for the kernel, which panics then.
@@ -220,6 +228,12 @@ class Guest:
             *("-chardev", f"socket,id=share,path={files}", "-device", f"vhost-user-fs-pci,addr=3.0,chardev=share,tag={SHARE}"),
             *self._devices,
         ]
+
+
+def file_server(tools: Tools, socket: Path) -> list[str]:
+    """The command that serves this machine's file system, read-only, to a QEMU at a socket."""
+    served = [*tools.virtiofsd, "--shared-dir=/", f"--socket-path={socket}", "--readonly", "--cache=always"]
+    return [*served, "--sandbox=none", "--inode-file-handles=never", "--log-level=error"]
 
 
 def connected(path: Path) -> Qmp | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.wire.strategies import all_structs
-from vfio_vmbus.wire import frame, gpa, guids, ndis, nvsp, oid, ring, rndis, vmbus
+from vfio_vmbus.wire import dm, frame, gpa, guids, monitor, ndis, nvsp, oid, ring, rndis, vmbus
 from vfio_vmbus.wire.bits import BitField
 from vfio_vmbus.wire.layout import Codec, Nested, Struct, Tail
 
@@ -25,6 +25,7 @@ CONSTANTS = KERNEL["constants"]
 VMBUS_HEADER = "message_type=header.msgtype padding=header.padding "
 RELID = VMBUS_HEADER + "child_relid=child_relid "
 NVSP = "message_type=hdr.msg_type "
+DM = "message_type=hdr.type size=hdr.size transaction_id=hdr.trans_id "
 RNDIS = "message_type=ndis_msg_type message_length=msg_len "
 OBJECT = "header=header header.object_type=header.type header.revision=header.revision header.size=header.size "
 RSS_OBJECT = "header=hdr header.object_type=hdr.type header.revision=hdr.rev header.size=hdr.size "
@@ -302,6 +303,33 @@ LAYOUTS: list[tuple[type[Struct], str, str, str]] = [
         "name_offset=parameter_name_offset name_length=parameter_name_length value_type=parameter_type "
         "value_offset=parameter_value_offset value_length=parameter_value_length",
     ),
+    (monitor.TriggerGroup, "hv_monitor_trigger_group", "", "pending=pending armed=armed"),
+    (monitor.MonitorPage, "hv_monitor_page", "", "trigger_state=trigger_state reserved=rsvdz1 groups=trigger_group rest=-"),
+    (dm.DmMessage, "dm_header", "", "message_type=type size=size transaction_id=trans_id"),
+    (dm.VersionRequest, "dm_version_request", "", DM + "version=version flags=-"),
+    (dm.VersionResponse, "dm_version_response", "", DM + "flags=-"),
+    (
+        dm.CapabilitiesReport,
+        "dm_capabilities",
+        "",
+        DM + "capabilities=caps min_page_count=min_page_cnt max_page_number=max_page_number",
+    ),
+    (dm.CapabilitiesResponse, "dm_capabilities_resp_msg", "", DM + "flags=-"),
+    (
+        dm.StatusReport,
+        "dm_status",
+        "",
+        DM + "available=num_avail committed=num_committed page_file_size=page_file_size zero_free=zero_free "
+        "page_file_writes=page_file_writes io_diff=io_diff",
+    ),
+    (dm.BalloonRequest, "dm_balloon", "", DM + "page_count=num_pages reserved=reservedz"),
+    (dm.BalloonResponse, "dm_balloon_response", "", DM + "reserved=reservedz flags=- ranges=range_array"),
+    (dm.UnballoonRequest, "dm_unballoon_request", "", DM + "flags=- range_count=range_count ranges=range_array"),
+    (dm.UnballoonResponse, "dm_unballoon_response", "", DM.strip()),
+    (dm.HotAddRequest, "dm_hot_add", "", DM + "span=range region=-"),
+    (dm.HotAddResponse, "dm_hot_add_response", "", DM + "page_count=page_count result=result"),
+    (dm.InfoMessage, "dm_info_msg", "", DM + "reserved=reserved info_size=info_size"),
+    (dm.InfoHeader, "dm_info_header", "", "info_type=type data_size=data_size"),
 ]
 
 # What the kernel sends as a bare header, or knows without a structure of its own.
@@ -402,9 +430,29 @@ BIT_FIELDS: list[tuple[type[BitField], str, str, str]] = [
     (vmbus.InterruptFlags, "vmbus_channel_offer_channel", "", "dedicated=is_dedicated_interrupt"),
     (vmbus.TargetInfo, "vmbus_channel_initiate_contact", "", "sint=msg_sint vtl=msg_vtl feature_flags=-"),
     (ring.RingFeatures, "hv_ring_buffer", "feature_bits", "pending_send_size=feat_pending_send_sz"),
+    (dm.LastAttempt, "dm_version_request", "", "is_last_attempt=is_last_attempt"),
+    (dm.Accepted, "dm_version_response", "", "is_accepted=is_accepted hot_remove=- suppress_pressure_reports=-"),
+    (
+        dm.Capabilities,
+        "dm_caps",
+        "cap_bits",
+        "balloon=balloon hot_add=hot_add hot_add_alignment=hot_add_alignment hot_remove=-",
+    ),
+    (dm.PageSpan, "dm_mem_page_range", "finfo", "start_page=start_page page_count=page_cnt"),
+    (dm.RangesBefore, "dm_balloon_response", "", "more_pages=more_pages range_count=range_count"),
+    (dm.MorePages, "dm_unballoon_request", "", "more_pages=more_pages"),
 ]
 # Where the word that holds the bits begins in the kernel's structure, in bytes, when that is not where `part` is.
-WORD_AT = {frame.PpiKind: 4, vmbus.MonitorFlags: 189, vmbus.InterruptFlags: 190, vmbus.TargetInfo: 16}
+WORD_AT = {
+    frame.PpiKind: 4,
+    vmbus.MonitorFlags: 189,
+    vmbus.InterruptFlags: 190,
+    vmbus.TargetInfo: 16,
+    dm.LastAttempt: 12,
+    dm.Accepted: 8,
+    dm.RangesBefore: 12,
+    dm.MorePages: 8,
+}
 
 
 @pytest.mark.parametrize(("kind", "name", "part", "table"), BIT_FIELDS, ids=[row[0].__name__ for row in BIT_FIELDS])
@@ -423,6 +471,11 @@ def test_words_that_hold_bits_are_the_fields_of_our_structures():
     assert vmbus.OfferChannel.OFFSETS["monitor"] == WORD_AT[vmbus.MonitorFlags]
     assert vmbus.OfferChannel.OFFSETS["interrupt"] == WORD_AT[vmbus.InterruptFlags]
     assert vmbus.InitiateContact.OFFSETS["target_info"] == WORD_AT[vmbus.TargetInfo]
+    assert dm.VersionRequest.OFFSETS["flags"] == WORD_AT[dm.LastAttempt]
+    assert dm.VersionResponse.OFFSETS["flags"] == dm.CapabilitiesResponse.OFFSETS["flags"] == WORD_AT[dm.Accepted]
+    assert STRUCTS["dm_capabilities_resp_msg"]["members"]["is_accepted"] == [64, 1]
+    assert dm.BalloonResponse.OFFSETS["flags"] == WORD_AT[dm.RangesBefore]
+    assert dm.UnballoonRequest.OFFSETS["flags"] == WORD_AT[dm.MorePages]
     assert STRUCTS["vmbus_channel_offer_channel"]["members"]["reserved"] == [8 * 189 + 1, 7]
     assert STRUCTS["vmbus_channel_offer_channel"]["members"]["reserved1"] == [8 * 190 + 1, 15]
 
@@ -486,6 +539,25 @@ ENUMERATED = {
         "BUSY": "NVSP_STAT_BUSY",
         "PROTOCOL_UNSUPPORTED": "NVSP_STAT_PROTOCOL_UNSUPPORTED",
     },
+    (dm, ""): {
+        "ERROR": "DM_ERROR",
+        "VERSION_REQUEST": "DM_VERSION_REQUEST",
+        "VERSION_RESPONSE": "DM_VERSION_RESPONSE",
+        "CAPABILITIES_REPORT": "DM_CAPABILITIES_REPORT",
+        "CAPABILITIES_RESPONSE": "DM_CAPABILITIES_RESPONSE",
+        "STATUS_REPORT": "DM_STATUS_REPORT",
+        "BALLOON_REQUEST": "DM_BALLOON_REQUEST",
+        "BALLOON_RESPONSE": "DM_BALLOON_RESPONSE",
+        "UNBALLOON_REQUEST": "DM_UNBALLOON_REQUEST",
+        "UNBALLOON_RESPONSE": "DM_UNBALLOON_RESPONSE",
+        "MEM_HOT_ADD_REQUEST": "DM_MEM_HOT_ADD_REQUEST",
+        "MEM_HOT_ADD_RESPONSE": "DM_MEM_HOT_ADD_RESPONSE",
+        "INFO_MESSAGE": "DM_INFO_MESSAGE",
+        "INFO_TYPE_MAX_PAGE_CNT": "INFO_TYPE_MAX_PAGE_CNT",
+        "VERSION_0_3": "DYNMEM_PROTOCOL_VERSION_1",
+        "VERSION_1": "DYNMEM_PROTOCOL_VERSION_2",
+        "VERSION_2": "DYNMEM_PROTOCOL_VERSION_3",
+    },
     (frame, "PPI_"): {
         "CHECKSUM": "TCPIP_CHKSUM_PKTINFO",
         "IPSEC": "IPSEC_PKTINFO",
@@ -511,9 +583,10 @@ def test_numbers_are_the_kernels(module, ours, theirs):
     assert getattr(module, ours) == ENUMERATORS[theirs]
 
 
-def test_every_nvsp_message_of_ours_was_compared():
-    compared = {getattr(nvsp, ours) for ours in ENUMERATED[nvsp, ""]}
-    assert {kind.NUMBER for kind in nvsp.TABLE} <= compared
+@pytest.mark.parametrize("module", [nvsp, dm])
+def test_every_message_of_ours_was_compared(module):
+    compared = {getattr(module, ours) for ours in ENUMERATED[module, ""]}
+    assert {kind.NUMBER for kind in module.TABLE} <= compared
 
 
 # Macros leave no trace in BTF. But netvsc and vmbus themselves hold each number that they use, so one that stands

@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import UnavailableError, UsageError, VfioVmbusError
-from . import binding, demo, listing, net, serve
+from . import audit, balloon, binding, console, demo, doctor, listing, net, serve
 
 app = typer.Typer(
     name="vfio-vmbus",
@@ -29,8 +29,12 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("list")(listing.list_devices)
 app.command("serve")(serve.serve)
+app.command("console")(console.console)
+app.command("balloon")(balloon.balloon)
 app.command("bind")(binding.bind)
 app.command("unbind")(binding.unbind)
+app.command("audit")(audit.audit)
+app.command("doctor")(doctor.doctor)
 app.add_typer(net.app, name="net")
 
 

@@ -20,6 +20,7 @@ from ..vfio.function import Function, PciFunction
 from ..vfio.inprocess import InProcessDevice
 from ..vfio.vmbus_function import VmbusFunction
 from ..wire.vmbus import ChannelOffer
+from .balloon import Balloon
 from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .opened import Opener
@@ -83,6 +84,7 @@ class EmbeddedHost:
         self.name = name
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
+        self.balloons: dict[str, Balloon] = {}
         self._connections: dict[Function, HostEnd] = {}
         self._used: set[Vsp] = set()
         self._at_close: list[Callable[[], None]] = []
@@ -98,6 +100,13 @@ class EmbeddedHost:
     def add_nic(self, name: str | None = None, mac: bytes | None = None, **options: Any) -> Netvsp:
         """Put a network card on the switch; options as of Netvsp. Raises UsageError for a name that is taken."""
         return self.run(lambda: self._add_nic(name, mac, options))
+
+    def add_balloon(self, name: str = "balloon0", **options: Any) -> Balloon:
+        """A balloon, to take memory from a guest and give it back; options as of Balloon. Raises UsageError for a name that is taken."""
+        if name in self.balloons:
+            raise UsageError(f"{self.name} has a balloon {name} already")
+        self.balloons[name] = Balloon(name=name, **options)
+        return self.balloons[name]
 
     def attach(self, *devices: Vsp, name: str | None = None, personality: str = "pci", **options: Any) -> InProcessDevice:
         """These devices for one client, as a VFIO device. personality: "pci", a PCI function that offers them, or "vmbus", which shows

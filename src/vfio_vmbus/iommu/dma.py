@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from ..errors import ClosedError, DmaError
 from ..memory.mapping import PAGE, Mapping
@@ -24,33 +25,63 @@ class Mapper(Protocol):
     def unmap(self, iova: int, size: int) -> None: ...
 
 
-class DmaBuffer:
-    """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it.
+class DmaBuffer(ABC):
+    """`size` bytes at `iova` for the device and at `mapping` for the driver. access: READ, WRITE or both, as the device sees it."""
 
-    Made by `DmaSpace.buffer`. If the device does not give the memory back, `close` raises, and the IOVAs stay taken. (A device that
+    size: int
+    access: int
+    memory: SharedMemory
+    mapping: Mapping
+    closed: bool
+
+    @property
+    @abstractmethod
+    def iova(self) -> int:
+        """Where the device sees it, in one piece."""
+
+    @property
+    @abstractmethod
+    def pfns(self) -> tuple[int, ...]:
+        """The numbers of its pages, in order, as GPADLs and GPA lists want them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take the memory back from the device, then let go of it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class MappedBuffer(DmaBuffer):
+    """Made by `DmaSpace.buffer`. If the device does not give the memory back, `close` raises, and the IOVAs stay taken. (A device that
     is closed has given back everything.)
     """
 
     def __init__(self, space: DmaSpace, iova: int, size: int, access: int, name: str) -> None:
-        self.iova = iova
+        self._iova = iova
         self.size = size
         self.access = access
         self._space = space
         with ExitStack() as stack:
             self.memory = stack.enter_context(SharedMemory(size, name))
-            self.mapping: Mapping = stack.enter_context(self.memory.map())
+            self.mapping = stack.enter_context(self.memory.map())
             space.mapper.map(iova, self.memory.fd, 0, size, access)
             stack.callback(self._unmap)
             self._resources = stack.pop_all()
         self.closed = False
 
     @property
+    def iova(self) -> int:
+        return self._iova
+
+    @property
     def pfns(self) -> tuple[int, ...]:
-        """The numbers of its pages, as GPADLs and GPA lists want them."""
         return tuple(range(self.iova // PAGE, (self.iova + self.size) // PAGE))
 
     def close(self) -> None:
-        """Take the memory back from the device, then let go of it."""
         self.closed = True
         self._resources.close()
 
@@ -58,12 +89,6 @@ class DmaBuffer:
         with suppress(ClosedError):
             self._space.mapper.unmap(self.iova, self.size)
         self._space.forget(self)
-
-    def __enter__(self) -> DmaBuffer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 class DmaSpace:
@@ -75,7 +100,7 @@ class DmaSpace:
     def __init__(self, mapper: Mapper, iova_ranges: Sequence[tuple[int, int]] = ()) -> None:
         self.mapper = mapper
         self._windows = _windows(iova_ranges)
-        self._buffers: dict[int, DmaBuffer] = {}
+        self._buffers: dict[int, MappedBuffer] = {}
 
     def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
         """A zeroed buffer of `size` bytes (rounded up to pages).
@@ -83,11 +108,11 @@ class DmaSpace:
         Raises UsageError for a size that is not positive, DmaError when no IOVAs are left or the device refuses.
         """
         size = -(-size // PAGE) * PAGE
-        made = DmaBuffer(self, self._free_iova(size + PAGE), size, access, name)
+        made = MappedBuffer(self, self._free_iova(size + PAGE), size, access, name)
         self._buffers[made.iova] = made
         return made
 
-    def forget(self, buffer: DmaBuffer) -> None:
+    def forget(self, buffer: MappedBuffer) -> None:
         self._buffers.pop(buffer.iova, None)
 
     def close(self) -> None:

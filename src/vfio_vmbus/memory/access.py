@@ -92,6 +92,30 @@ store64_release = _store(64, "release")
 store32_ordered = _store(32, "seq_cst")
 
 
+def _or() -> Any:
+    def plain(address: int, bits: int) -> None:
+        check(address, 4)
+        ctypes.c_uint32.from_address(address).value |= int(bits)
+
+    if INTERPRETED:
+        return plain
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def set_bits(typing_context: Any, address: Any, bits: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], _BITS[32].as_pointer())
+            builder.atomic_rmw("or", pointer, builder.trunc(args[1], _BITS[32]), "seq_cst")
+            return context.get_dummy_value()
+
+        return types.void(_INT, _INT), generate
+
+    return set_bits
+
+
+or32 = _or()
+"""Set bits of a 32-bit word that others change at the same time, ordered against all else. Interpreted it is not atomic."""
+
+
 def _fence() -> Any:
     if INTERPRETED:
         return lambda: None

@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ClosedError, UsageError
 from .registry import register, unregister
@@ -30,22 +30,30 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
+_MREMAP_MAYMOVE_FIXED = 0x3
 _FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`size` bytes at `offset` of the file `fd`."""
+    """`size` bytes at `offset` of the file `fd`.
+
+    whole: for files that can be mapped from certain offsets only (UIO's maps): such an offset and the bytes there; `offset` is then
+    within those.
+    """
 
     fd: int
     offset: int
     size: int
     writable: bool = True
+    whole: tuple[int, int] | None = None
 
 
 def _mmap(address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
@@ -56,13 +64,30 @@ def _mmap(address: int, size: int, protection: int, flags: int, fd: int, offset:
     return result
 
 
+def _map_piece(at: int, piece: Piece, flags: int) -> None:
+    """Map a piece at an address. A part of what can be mapped only as a whole is moved there out of it."""
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if piece.writable else 0)
+    if piece.whole is None:
+        _mmap(at, piece.size, protection, flags | _MAP_FIXED, piece.fd, piece.offset)
+        return
+    start, size = piece.whole
+    base = _mmap(0, size, protection, flags, piece.fd, start)
+    try:
+        if _libc.mremap(base + piece.offset, piece.size, piece.size, _MREMAP_MAYMOVE_FIXED, at) == _FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"mremap of {piece.size} bytes at {piece.offset} of {size}: {os.strerror(code)}")
+    finally:
+        _libc.munmap(base, size)  # what is left of it
+
+
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
     """Join neighbours that are neighbours in their file, too."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
-        if last and (last.fd, last.writable) == (piece.fd, piece.writable) and last.offset + last.size == piece.offset:
-            merged[-1] = Piece(last.fd, last.offset, last.size + piece.size, last.writable)
+        alike = last and (last.fd, last.writable, last.whole) == (piece.fd, piece.writable, piece.whole)
+        if last and alike and last.offset + last.size == piece.offset:
+            merged[-1] = replace(last, size=last.size + piece.size)
         else:
             merged.append(piece)
     return merged
@@ -78,7 +103,7 @@ def window(pieces: Sequence[Piece], start: int, size: int) -> list[Piece]:
     for piece in pieces:
         first, last = max(start - at, 0), min(start + size - at, piece.size)
         if first < last:
-            cut.append(Piece(piece.fd, piece.offset + first, last - first, piece.writable))
+            cut.append(replace(piece, offset=piece.offset + first, size=last - first))
         at += piece.size
     return cut
 
@@ -89,11 +114,19 @@ class Mapping:
     address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
     on, once more, behind itself: `address + size + n` is `address + wrap_from + n`. populate: fault all pages in now, so that
     no kernel waits for that; not for memory of any size that somebody else names, whose holes that would fill.
+    align: of `address`, in bytes; huge pages want their own size.
     Raises OSError where the kernel refuses, UsageError for pieces that are not whole pages and for a wrap_from outside
     of them. A CPU with pages of more than 4096 bytes cannot map (and refuses) what is not aligned to its own.
     """
 
-    def __init__(self, pieces: Sequence[Piece], *, wrap_from: int | None = None, populate: bool = True) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        wrap_from: int | None = None,
+        populate: bool = True,
+        align: int = mmap.PAGESIZE,
+    ) -> None:
         for piece in pieces:
             if piece.size <= 0 or piece.offset < 0 or (piece.size | piece.offset) % PAGE:
                 raise UsageError(f"{piece.size} bytes at file offset {piece.offset} are not whole pages of {PAGE} bytes")
@@ -101,16 +134,15 @@ class Mapping:
         self.wrap_from = wrap_from
         again = [] if wrap_from is None else window(pieces, wrap_from, self.size - wrap_from)
         self.span = self.size + sum(piece.size for piece in again)
-        self._reserved = self.span + 2 * mmap.PAGESIZE
+        self._reserved = self.span + mmap.PAGESIZE + align
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
-        self.address = self._base + mmap.PAGESIZE
-        flags = mmap.MAP_SHARED | _MAP_FIXED | (_MAP_POPULATE if populate else 0)
+        self.address = -(-(self._base + 1) // align) * align
+        flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
         try:
             at = self.address
             for piece in merge([*pieces, *again]):
-                protection = mmap.PROT_READ | (mmap.PROT_WRITE if piece.writable else 0)
-                _mmap(at, piece.size, protection, flags, piece.fd, piece.offset)
+                _map_piece(at, piece, flags)
                 at += piece.size
         except OSError:
             _libc.munmap(self._base, self._reserved)

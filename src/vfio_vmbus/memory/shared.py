@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -10,17 +11,31 @@ from collections.abc import Sequence
 from ..errors import DmaError, UsageError
 from .mapping import PAGE, Mapping, Piece
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+_PUNCH_HOLE = 0x3
+"""FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE"""
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SharedMemory:
-    """`size` bytes, a multiple of 4096, behind the descriptor `fd`, sealed against shrinking and growing."""
+HUGE_PAGE = 2 << 20
+"""Bytes of the huge pages that are asked for."""
 
-    def __init__(self, size: int, name: str = "vfio-vmbus") -> None:
-        if size <= 0 or size % PAGE:
-            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {PAGE}")
+
+class SharedMemory:
+    """`size` bytes, a multiple of 4096, behind the descriptor `fd`, sealed against shrinking and growing.
+
+    huge: of huge pages, and then a multiple of HUGE_PAGE; where the machine has none left, mapping raises OSError.
+    """
+
+    def __init__(self, size: int, name: str = "vfio-vmbus", *, huge: bool = False) -> None:
+        self.page = HUGE_PAGE if huge else PAGE
+        if size <= 0 or size % self.page:
+            raise UsageError(f"shared memory of {size} bytes: take a positive multiple of {self.page}")
         self.size = size
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        kind = os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -33,7 +48,7 @@ class SharedMemory:
         size = self.size - offset if size is None else size
         if offset < 0 or size <= 0 or offset + size > self.size:
             raise UsageError(f"{size} bytes at {offset} are outside {self.size} bytes of shared memory")
-        return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from)
+        return Mapping([Piece(self.fd, offset, size)], wrap_from=wrap_from, align=max(self.page, mmap.PAGESIZE))
 
     def close(self) -> None:
         """Close the descriptor; mappings stay until they are closed."""
@@ -90,3 +105,10 @@ def side_by_side(pieces: Sequence[Piece], *, wrap_from: int | None = None, popul
         return Mapping(pieces, wrap_from=wrap_from, populate=populate)
     except OSError as error:
         raise DmaError(f"these {len(pieces)} pieces of memory cannot be mapped side by side: {error}") from error
+
+
+def discard(piece: Piece) -> None:
+    """Give the pages of a piece back to the machine; whoever reads them next sees zeros. Raises DmaError where the file cannot."""
+    if _libc.fallocate(piece.fd, _PUNCH_HOLE, piece.offset, piece.size):
+        reason = os.strerror(ctypes.get_errno())
+        raise DmaError(f"{piece.size} bytes at {piece.offset} of descriptor {piece.fd} cannot be discarded: {reason}")

@@ -28,6 +28,7 @@ from ..memory.access import (
     store64,
     viewer,
 )
+from ..memory.bell import NOBODY, strike
 from ..memory.signal import signal as signal_eventfd
 from ..wire import ring as layout
 from .state import BAD_INDEX, BAD_LENGTH, BAD_MOVE, BAD_OFFSET, RING
@@ -86,6 +87,8 @@ def signal(ring: Any) -> None:
     ring.signals += 1
     if ring.doorbell >= 0:
         signal_eventfd(ring.doorbell, ring.signal)
+    elif ring.doorbell != NOBODY:
+        strike(ring.doorbell)
 
 
 @inline

@@ -18,7 +18,7 @@ RING = np.dtype(
         ("broken", "i8"),  # 0, or the first rule that the other side broke: BAD_*
         ("bad_value", "i8"),  # the value that broke it
         ("bad_limit", "i8"),  # what it had to stay below, or within
-        ("doorbell", "i8"),  # eventfd that signals the other side, or -1
+        ("doorbell", "i8"),  # eventfd that signals the other side, or -1, or the number of a memory.bell
         ("signals", "i8"),  # how often it was signalled
         ("full", "i8"),  # outgoing: how often a packet found no room
         ("signal", "i8"),  # address of a record for memory.signal

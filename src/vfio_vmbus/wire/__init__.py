@@ -5,6 +5,8 @@
     ring                  control page and packets
     nvsp                  the network card's own messages
     rndis, frame          its control messages and its frames
+    dm                    the balloon's messages: dynamic memory
+    monitor               the page by which a guest signals monitored channels
     oid, ndis             what these are about: numbers, and the objects that they carry
     pci                   configuration space and MSI-X
     vfio                  devices as VFIO shows them

@@ -32,3 +32,24 @@ CLASS_NETWORK = CLASS_GUIDS["network"]
 CLASS_SCSI = CLASS_GUIDS["scsi"]
 CLASS_BALLOON = CLASS_GUIDS["balloon"]
 CLASS_NAMES: Mapping[UUID, str] = MappingProxyType({guid: name for name, guid in CLASS_GUIDS.items()})
+
+OTHER_CLASSES: Mapping[UUID, str] = MappingProxyType(
+    {
+        UUID("8b60ccf6-709f-4c11-90b5-229c959a9e6a"): "serial",
+        UUID("427b03e7-4ceb-4286-b5fc-486f4a1dd439"): "crash-dump",
+        UUID("8dedd1aa-9056-49e4-bfd6-1bf90dc38ef0"): "guest-emulation",
+        UUID("aa5de534-d149-487a-9053-05972ba20a7c"): "guest-emulation-log",
+    }
+)
+"""Classes that Linux has no driver for (OpenVMM, vm/devices: vmbus_serial_protocol, get_protocol)."""
+
+_SOCKET_TAIL = "-facb-11e6-bd58-64006a7986d3"
+"""A Hyper-V socket's class is the service's GUID: its port, then this (net/vmw_vsock/hyperv_transport.c)."""
+
+
+def class_name(guid: UUID) -> str:
+    """What a device of this class is: a word of the tables above, "socket:PORT", or the GUID itself."""
+    known = CLASS_NAMES.get(guid) or OTHER_CLASSES.get(guid)
+    if known is None and str(guid).endswith(_SOCKET_TAIL):
+        known = f"socket:{guid.time_low}"
+    return known or str(guid)

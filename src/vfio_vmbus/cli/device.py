@@ -1,0 +1,71 @@
+"""A VMBus device of any kind by what a user calls it, and the switch for those that nothing isolates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..channel.device import VmbusDevice
+    from ..host.vsp import Vsp
+
+SWITCH = "--enable-unsafe-noiommu-mode"
+ANY_DEVICE_HELP = (
+    "embedded[:nic|:balloon] (of a VMBus host inside this process), unix:PATH (of a vfio-user server), vfio:ADDRESS "
+    "(a PCI device bound to vfio-pci), vmbus:GUID or uioN (a VMBus device bound to uio_hv_generic: unsafe)."
+)
+AnyDeviceArgument = Annotated[str, typer.Argument(help=ANY_DEVICE_HELP, metavar="DEVICE")]
+UnsafeOption = Annotated[
+    bool,
+    typer.Option(SWITCH, help="Allow a device that nothing keeps within this process's memory. Taints the kernel."),
+]
+_WAYS = "take embedded[:nic|:balloon], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
+
+
+def is_uio(text: str) -> bool:
+    """Is it a VMBus device of the kernel's?"""
+    return text.startswith("vmbus:") or (text.startswith("uio") and text[3:].isdecimal())
+
+
+@contextmanager
+def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[VmbusDevice]:
+    """The device, closed at the end. default: which one of the embedded host's. Raises UsageError for words that make no sense."""
+    kind, separator, rest = text.partition(":")
+    with ExitStack() as stack:
+        if is_uio(text):
+            yield stack.enter_context(uio_device(text, unsafe=unsafe))
+            return
+        if kind not in ("embedded", "unix", "vfio") or (separator and not rest) or (kind != "embedded" and not rest):
+            raise UsageError(f"{text}: {_WAYS}")
+        from ..channel.opening import open_device
+
+        if kind == "embedded":
+            from ..host.embedded import EmbeddedHost
+
+            host = stack.enter_context(EmbeddedHost())
+            which = rest or default
+            if which not in ("nic", "balloon"):
+                raise UsageError(f"{text}: {_WAYS}")
+            device: Vsp = host.add_nic() if which == "nic" else host.add_balloon()
+            yield stack.enter_context(open_device(host.attach(device)))
+        elif kind == "unix":
+            from ..vfio.user_client import UserDevice
+
+            yield stack.enter_context(open_device(UserDevice(rest)))
+        else:
+            from ..vfio.kernel import KernelDevice
+
+            yield stack.enter_context(open_device(KernelDevice(rest)))
+
+
+def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
+    """A device that uio_hv_generic has. Raises as `bus.uio.find` and UioDevice."""
+    from ..bus import uio
+    from ..bus.uio_device import UioDevice
+
+    return UioDevice(uio.find(text), unsafe=unsafe)
