@@ -153,9 +153,8 @@ def test_a_device_that_is_taken_away_says_so():
 
 
 def test_another_device_is_no_balloon():
-    with EmbeddedHost() as host, open_offered(host.attach(host.add_nic())) as device:
-        with pytest.raises(UsageError, match="is no balloon"):
-            Balloon(device)
+    with EmbeddedHost() as host, open_offered(host.attach(host.add_nic())) as device, pytest.raises(UsageError, match="is no balloon"):
+        Balloon(device)
 
 
 def test_pressure_comes_from_the_machine(tmp_path):

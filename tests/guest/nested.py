@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .image import SHARE, initramfs
+from .packages import Tools
 from .process import tail
 from .qmp import Qmp
 from .run import Guest, file_server
@@ -29,7 +30,14 @@ class HyperVGuest(Guest):
     """One boot of both. `inner` is the control socket of the QEMU whose devices are the guest's."""
 
     inner: Qmp
-    boot_seconds = 600.0
+    boot_seconds = 900.0
+    preload = ("vfio_vmbus.drivers.balloon.driver", "vfio_vmbus.bus.uio_device")
+    settings = {"NUMBA_DISABLE_JIT": "1"}
+    """Numba takes minutes to start in here; interpreted kernels check each access to the rings."""
+
+    def __init__(self, tools: Tools, folder: Path) -> None:
+        super().__init__(tools, folder, folder / "no-kernels")
+        (folder / "no-kernels").mkdir()
 
     def console(self, lines: int = 30) -> str:
         return f"{super().console(lines)}\n{tail(self._folder / 'inner.log', lines)}"
@@ -55,7 +63,18 @@ class HyperVGuest(Guest):
         """The outer machine: two ports lead on to the inner QEMU."""
         return [
             *self._tools.qemu,
-            *("-accel", "tcg,thread=multi", "-cpu", "EPYC-Rome,+svm,+npt", "-smp", "1", "-m", "1536M"),
+            *(
+                "-accel",
+                "tcg,thread=single",
+                "-icount",
+                "shift=1,sleep=on",
+                "-cpu",
+                "EPYC-Rome,+svm,+npt",
+                "-smp",
+                "1",
+                "-m",
+                "1536M",
+            ),
             *("-object", "memory-backend-memfd,id=ram,size=1536M,share=on", "-machine", "q35,memory-backend=ram"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-serial", f"file:{self._folder / 'console.log'}", "-serial", f"file:{self._folder / 'inner.log'}"),
@@ -75,7 +94,12 @@ class HyperVGuest(Guest):
         return [
             *self._tools.qemu,
             *("-accel", "kvm", "-cpu", _CPU, "-smp", "1", "-m", _INNER_MEMORY),
-            *("-object", f"memory-backend-memfd,id=ram,size={_INNER_MEMORY},share=on", "-machine", "pc,smm=off,memory-backend=ram"),
+            *(
+                "-object",
+                f"memory-backend-memfd,id=ram,size={_INNER_MEMORY},share=on",
+                "-machine",
+                "pc,smm=off,memory-backend=ram",
+            ),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:/dev/ttyS1"),
             *("-kernel", str(self._tools.kernel), "-initrd", str(image), "-append", "console=ttyS0 panic=-1"),
             *("-chardev", "pipe,id=control,path=/dev/vport0p2", "-mon", "chardev=control,mode=control"),
