@@ -22,6 +22,7 @@ from .run import Guest, file_server
 BALLOON = "hvb"
 _INNER_MODULES = ("hv_vmbus", "hv_balloon", "uio_hv_generic")
 _INNER_MEMORY = "640M"
+_WORDS = "console=ttyS0 panic=-1"
 _CPU = "host,kvm=off,hv-relaxed,hv-vapic,hv-time,hv-vpindex,hv-synic,hv-stimer,hv-runtime,hv-frequencies"
 """kvm=off: else the guest finds KVM, and no Hyper-V."""
 
@@ -79,7 +80,7 @@ class HyperVGuest(Guest):
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-serial", f"file:{self._folder / 'console.log'}", "-serial", f"file:{self._folder / 'inner.log'}"),
             *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio")),
-            *("-append", "console=ttyS0 panic=-1"),
+            *("-append", _WORDS),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
             *("-device", "virtio-serial-pci,addr=2.0"),
             *("-chardev", f"socket,id=port,path={self._folder / 'port'},server=on,wait=off"),
@@ -101,7 +102,7 @@ class HyperVGuest(Guest):
                 "pc,smm=off,memory-backend=ram",
             ),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:/dev/ttyS1"),
-            *("-kernel", str(self._tools.kernel), "-initrd", str(image), "-append", "console=ttyS0 panic=-1"),
+            *("-kernel", str(self._tools.kernel), "-initrd", str(image), "-append", _WORDS),
             *("-chardev", "pipe,id=control,path=/dev/vport0p2", "-mon", "chardev=control,mode=control"),
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port"),
             *("-chardev", "pipe,id=port,path=/dev/vport0p1"),
