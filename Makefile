@@ -9,12 +9,12 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-guest check bench clean
 
 help:
-	@echo "make demo   real traffic through a VMBus NIC owned by user space, then attacks on its host"
-	@echo "make test   the tests, fast ones first"
+	@echo "make demo        real traffic through a VMBus NIC owned by user space, then attacks on its host"
+	@echo "make test        the tests, fast ones first"
 	@echo "make test-guest  tests with QEMU and a Linux guest, whose programs are fetched from Debian's mirror (minutes)"
-	@echo "make check  lint, types, import rules"
-	@echo "make bench  measurements against C yardsticks: table, build/bench/results.json and a plot"
-	@echo "make clean  remove .venv, build and caches"
+	@echo "make check       lint, types, import rules"
+	@echo "make bench       measurements against C yardsticks: table, build/bench/results.json and a plot"
+	@echo "make clean       remove .venv, build and caches"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

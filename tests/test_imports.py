@@ -9,6 +9,7 @@ import sys
 import pytest
 
 LIGHT = ["vfio_vmbus", "vfio_vmbus.errors", "vfio_vmbus.wire", "vfio_vmbus.vmbus", "vfio_vmbus.apps.lab", "vfio_vmbus.cli.main"]
+LIGHT += ["vfio_vmbus.vfio.kernel", "vfio_vmbus.bus"]
 
 
 def modules_of(name: str) -> list[str]:

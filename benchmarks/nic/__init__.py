@@ -22,6 +22,7 @@ from vfio_vmbus.errors import UnavailableError
 
 SIZES = (64, 256, 1500)
 BARS = {64: Bar("ratio", at_least=0.2), 256: None, 1500: Bar("ratio", at_least=0.25)}
+ACROSS_SIZES = (64, 1500)
 GPA_DIRECT_SIZES = (64, 1500, 9000)
 """Where isolation costs: one look-up a frame, three at 9000 bytes. Frames in sections of the send buffer need none."""
 PAIRS = 4
@@ -91,6 +92,10 @@ def isolated() -> Child:
     return Child("isolated")
 
 
+def across() -> Child:
+    return Child("across")
+
+
 def without_isolation() -> Child:
     return Child("open")
 
@@ -106,6 +111,19 @@ for _size in SIZES:
                 "ours": lambda: ours.mpps(what, size),
                 "yardstick": lambda: run.shared(Memif).mpps(size),
             }
+            return run.measure_in_turn(samplers).figures(ours.remark())
+
+
+for _size in ACROSS_SIZES:
+    for _what in ("tx", "rx"):
+
+        @bench(f"nic/across/{_what}/{_size}", unit="Mpps", bar=Bar("ratio", at_least=0.95))
+        def _across(run: Run, what: str = _what, size: int = _size) -> Figures:
+            """Driver and host in two processes, by vfio-user; the yardstick is the same within one."""
+            ours, yardstick = run.shared(across), run.shared(isolated)
+            ours.warm_up(what, size)
+            yardstick.warm_up(what, size)
+            samplers = {"ours": lambda: ours.mpps(what, size), "yardstick": lambda: yardstick.mpps(what, size)}
             return run.measure_in_turn(samplers).figures(ours.remark())
 
 

@@ -1,4 +1,4 @@
-"""The process that the NIC's benches measure: `python -m benchmarks.nic.child isolated|open`.
+"""The process that the NIC's benches measure: `python -m benchmarks.nic.child isolated|open|across`.
 
 It answers each line "WHAT SIZE SECONDS" of its standard input with two numbers: million frames a second, and the part of the time that
 its threads had their cores to themselves. WHAT is one of
@@ -7,7 +7,8 @@ its threads had their cores to themselves. WHAT is one of
 - `rx`: generator to host to driver, counted by the driver;
 - `python`: from a generator through a loop in Python and back to the generator, counted there.
 
-"open" takes the isolation away from this one process: addresses in GPA-direct packets are used after an addition, unchecked.
+"across" has the host in a process of its own, to which it talks by vfio-user. "open" takes the isolation away from this one process:
+addresses in GPA-direct packets are used after an addition, unchecked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(mode: str) -> None:
         translation.translate = _unchecked
     from benchmarks.nic.rig import Rig  # compiles all kernels, so not before
 
-    with Rig(isolated=mode == "isolated") as rig:
+    with Rig(mode) as rig:
         for line in sys.stdin:
             what, size, seconds = line.split()
             print(*rig.measure(what, int(size), float(seconds)), flush=True)

@@ -7,43 +7,41 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from benchmarks.hosts import PEER, Here, There
 from benchmarks.machine import two_cores
 from benchmarks.nic import kernels
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import FRAME, QUEUE
-from vfio_vmbus.host.embedded import EmbeddedHost
-from vfio_vmbus.host.switch.port import Port
 from vfio_vmbus.host.switch.template import udp_frame
 from vfio_vmbus.iommu.domain import Domain
 from vfio_vmbus.iommu.translation import DOMAIN
 from vfio_vmbus.memory.block import Block
+from vfio_vmbus.vfio.inprocess import InProcessDevice
 
 SETTLE = 0.1  # seconds from the start of traffic to the slice that is counted
-PEER = bytes.fromhex("02000000aa01")  # a station behind the switch
 _KEPT = np.uint64(0xFFFFFFFF_00000000)  # of a frame's second word: what is not address
 
 
 class Rig:
-    """One host, and one driver of its card at a time. A context manager."""
+    """One host, and one driver of its card at a time. A context manager.
 
-    def __init__(self, isolated: bool) -> None:
-        self._isolated = isolated
+    mode: "isolated"; "open", without isolation, see `child`; "across", isolated, with the host in a process of its own.
+    """
+
+    def __init__(self, mode: str) -> None:
         self._stack = ExitStack()
-        self._host = self._stack.enter_context(EmbeddedHost())
-        self._card = self._host.add_nic("card")
+        self._host: Here | There = self._stack.enter_context(There() if mode == "across" else Here())
+        self._open = mode == "open"
         self._stop = Block("i8")
         self._table = Block(FRAME, kernels.BURST)
-        self._core, worker_core = two_cores()
-        self._worker = next(thread for thread in threading.enumerate() if thread.name == self._host.switch.name)
-        assert self._worker.native_id is not None
-        os.sched_setaffinity(self._worker.native_id, {worker_core})
+        self._core, _ = two_cores()
 
     def __enter__(self) -> Self:
         return self
@@ -60,18 +58,18 @@ class Rig:
 
     def _send(self, size: int, seconds: float, gpa_direct: bool) -> tuple[float, float]:
         frame = Block("u1", size)
-        frame.array[:] = np.frombuffer(udp_frame(self._card.mac, PEER, size), np.uint8)
-        with self._port(self._host.switch.add_sink()) as sink, self._nic(9000 if size > 1514 else 1500) as nic:
+        frame.array[:] = np.frombuffer(udp_frame(self._host.mac, PEER, size), np.uint8)
+        with self._host.sink() as count, self._nic(9000 if size > 1514 else 1500) as nic:
             if gpa_direct:
                 kernels.use_no_sections(nic.queue.address)
             return self._run(
                 lambda: kernels.send(nic.queue.address, self._table.address, frame.address, size, self._stop.address),
-                lambda: sink.counters().tx_frames,
+                count,
                 seconds,
             )
 
     def _receive(self, size: int, seconds: float) -> tuple[float, float]:
-        with self._nic(1500) as nic, self._generator(size):
+        with self._nic(1500) as nic, self._host.generator(size):
             return self._run(
                 lambda: kernels.receive(nic.queue.address, self._table.address, self._stop.address),
                 lambda: nic.counters().rx_frames,
@@ -80,7 +78,7 @@ class Rig:
 
     def _turn_round(self, size: int, seconds: float) -> tuple[float, float]:
         """Each frame goes back to the generator, from the card's own address."""
-        addresses = PEER + self._card.mac
+        addresses = PEER + self._host.mac
         first, second = (np.uint64(int.from_bytes(part, "little")) for part in (addresses[:8], addresses[8:]))
 
         def loop() -> None:
@@ -96,26 +94,17 @@ class Rig:
                     words[at] = (words[at] & _KEPT) | second
                     queue.tx_burst(frames)
 
-        with self._nic(1500) as nic, self._generator(size) as generator:
-            return self._run(loop, lambda: generator.counters().tx_frames, seconds)
-
-    @contextmanager
-    def _port(self, port: Port) -> Iterator[Port]:
-        try:
-            yield port
-        finally:
-            self._host.switch.remove(port)
-
-    def _generator(self, size: int) -> AbstractContextManager[Port]:
-        return self._port(self._host.switch.add_generator(PEER, self._card.mac, size=size))
+        with self._nic(1500) as nic, self._host.generator(size) as count:
+            return self._run(loop, count, seconds)
 
     @contextmanager
     def _nic(self, mtu: int) -> Iterator[Netvsc]:
         """A driver of the card."""
-        function = self._host.attach(self._card)
+        function = self._host.attach()
         with open_device(function) as device, Netvsc(device, mtu=mtu) as nic:
-            if not self._isolated:
-                _note_delta(self._host.connection(function).function.domain, nic.queue.address)
+            if self._open:
+                assert isinstance(function, InProcessDevice)
+                _note_delta(function.function.domain, nic.queue.address)
             yield nic
 
     def _run(self, loop: Callable[[], object], counted: Callable[[], int], seconds: float) -> tuple[float, float]:
@@ -128,12 +117,13 @@ class Rig:
         self._stop.array[0] = 0
         thread = threading.Thread(target=work, name="application")
         thread.start()
-        clocks = [time.pthread_getcpuclockid(each.ident) for each in (thread, self._worker) if each.ident is not None]
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
         time.sleep(SETTLE)
-        before, begin, ran = counted(), time.perf_counter(), [time.clock_gettime(clock) for clock in clocks]
+        before, begin, ran = counted(), time.perf_counter(), [time.clock_gettime(clock), self._host.ran()]
         time.sleep(seconds)
         frames, elapsed = counted() - before, time.perf_counter() - begin
-        ran = [time.clock_gettime(clock) - at for clock, at in zip(clocks, ran, strict=True)]
+        ran = [now - at for now, at in zip((time.clock_gettime(clock), self._host.ran()), ran, strict=True)]
         self._stop.array[0] = 1
         thread.join()
         return frames / elapsed / 1e6, min(ran) / elapsed

@@ -30,7 +30,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-COMMANDS = ["", "demo", "list", "net", "net tap", "net fwd", "net capture", "net replay", "net bench"]
+COMMANDS = ["", "demo", "list", "serve", "bind", "unbind", "net", "net tap", "net fwd", "net capture", "net replay", "net bench"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,6 +60,10 @@ def test_help_needs_neither_numba_nor_numpy() -> None:
     [
         (["bogus"], "No such command"),
         (["net", "tap"], "Missing argument"),
+        (["bind"], "Missing argument"),
+        (["bind", "nic0"], "'nic0' is no address of a PCI device: take DOMAIN:BUS:DEVICE.FUNCTION"),
+        (["bind", "ffff:ff:1f.7"], "no PCI device ffff:ff:1f.7"),
+        (["unbind", "ffff:ff:1f.7", "--json"], "no PCI device ffff:ff:1f.7"),
         (["net", "fwd", "--mtu", "5"], "--mtu"),
         (["net", "fwd", "--poll", "never"], "busy, adaptive, interrupt"),
         (["net", "fwd", "--device", "pci:0"], "embedded"),

@@ -145,6 +145,7 @@ def main(kernels: str, *preload: str) -> None:
     that most payloads import, which are imported once."""
     shutil.copytree(kernels, os.environ["XDG_CACHE_HOME"])
     before = _kernels()
+    print(f"agent: up {time.monotonic():.1f} s", flush=True)
     for name in preload:
         importlib.import_module(name)
     compiled = len(_kernels() - before)

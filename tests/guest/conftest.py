@@ -14,7 +14,7 @@ from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
 from .packages import CACHE, Tools, tools
-from .run import Guest, edu_device, nvme_device, user_device
+from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
 from .server import Server
 
 PAYLOADS = Path(__file__).with_name("payloads")
@@ -36,31 +36,33 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def outside() -> Iterator[Namespace | None]:
-    """A network namespace on this side of the switch; None, with the reason printed, where the machine forbids it."""
-    try:
-        with Lab(NamespaceSpec("outside", "10.77.0.1/24")) as lab:
+def outside() -> Iterator[Namespace | str]:
+    """A network namespace on this side of the switch, or why the machine allows none."""
+    with ExitStack() as stack:
+        try:
+            lab = stack.enter_context(Lab(NamespaceSpec("outside", "10.77.0.1/24")))
+        except UnavailableError as error:
+            yield str(error)
+        else:
             yield lab.namespaces[0]
-    except UnavailableError as error:
-        print(f"no namespaces: {error}")
-        yield None
 
 
 @pytest.fixture(scope="session")
-def guest_server(programs: Tools, outside: Namespace | None) -> Iterator[Server]:
+def guest_server(programs: Tools, outside: Namespace | str) -> Iterator[Server]:
     """The server of the guest's card, whose switch has a port in the namespace outside."""
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), outside.tap.fd if outside else -1) as server:
+    tap = -1 if isinstance(outside, str) else outside.tap.fd
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, Server(Path(folder), tap) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
-    """A guest that has booted, with what our server serves, a card and an edu, and QEMU's own edu and NVMe controller."""
+    """A guest that has booted, with what our server serves, a card and an edu, and QEMU's own edu, NVMe controller and a bridge."""
     kernels = compiled(CACHE / "kernels")
     devices = [*user_device(guest_server.path), *user_device(guest_server.edu_path, "vu1", 7), *edu_device()]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rig-")))
-        guest = stack.enter_context(Guest(programs, folder, kernels, [*devices, *nvme_device(folder)]))
+        guest = stack.enter_context(Guest(programs, folder, kernels, [*devices, *nvme_device(folder), *bridged_devices()]))
         guest_server.event("attached")
         print(guest.hello)
         yield guest

@@ -6,6 +6,7 @@ CPU than the machine; sources, Numba and Python are the same on both sides, by w
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ CPU = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 def compiled(folder: Path) -> Path:
     """`folder` as the XDG_CACHE_HOME of a process that found everything in it; what is not there is compiled now."""
     folder.mkdir(parents=True, exist_ok=True)
+    compileall.compile_dir(SOURCES["PYTHONPATH"], quiet=2)  # Python's own compilation, for a guest that cannot write it
     environment = {**os.environ, **SOURCES, "XDG_CACHE_HOME": str(folder), **CPU}
     subprocess.run([sys.executable, str(Path(__file__).with_name("compile_kernels.py"))], check=True, env=environment)
     return folder

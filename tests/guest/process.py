@@ -15,7 +15,7 @@ T = TypeVar("T")
 SOURCES = {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
 """Environment of a Python program that is to find this project, installed or not."""
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds that anything of the rig may take on a loaded machine."""
 
 

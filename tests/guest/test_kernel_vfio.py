@@ -9,6 +9,7 @@ import pytest
 from vfio_vmbus.testing.conformance import DeviceConformance
 
 from .conftest import PAYLOADS
+from .run import BRIDGED_ADDRESSES as BRIDGED
 from .run import EDU_ADDRESS, NVME_ADDRESS, NVME_SERIAL, NVME_VECTORS, Guest
 
 EDU = PAYLOADS / "kernel_edu.py"
@@ -76,6 +77,8 @@ def test_what_the_kernel_refuses_is_explained(guest: Guest) -> None:
         "no driver": "UnavailableError: the kernel has no PCI driver no_such_driver loaded: modprobe no_such_driver",
         "another driver": "UnavailableError: ",
         "twice": "UnavailableError: IOMMU group ",
+        "unbind in use": "UnavailableError: 0000:00:05.0 is in use",
+        "bind in use": "UnavailableError: 0000:00:05.0 is in use",
         "no cdev": "UnavailableError: iommufd, /dev/iommu: No such file or directory; this kernel has none",
         "reset": "UnavailableError: 0000:00:05.0 has no reset of its own",
         "reserved": "DmaError: [0xfee00000, 0xfee01000) is outside of what the IOMMU translates: [0x0, 0x",
@@ -92,6 +95,29 @@ def test_what_the_kernel_refuses_is_explained(guest: Guest) -> None:
     assert found["resettable"] == "False"
     before, after = map(int, found["available"].split())
     assert after == before - 1
+
+
+def test_devices_of_one_group_share_an_address_space_and_are_reset_together(guest: Guest) -> None:
+    found = guest.run(EDU, "groups", first=BRIDGED[0], second=BRIDGED[1], other=BRIDGED[2])
+    assert set(found["members"]) > set(BRIDGED)
+    assert found["kernel's"] == "virtio-pci"
+    assert found["not viable"].startswith("not viable: IOMMU group ")
+    assert f"{BRIDGED[2]} (virtio-pci)" in found["not viable"]
+    assert found["dependent"] == [[address, True] for address in BRIDGED]
+    assert found["shared"] == "both reach it"
+    assert (found["before it"], found["after it"]) == (1, 0)
+    assert found["closed"] == f"{BRIDGED[0]} is closed"
+
+
+def test_opening_that_fails_half_way_leaves_nothing(guest: Guest) -> None:
+    found = guest.run(EDU, "half_open", timeout=120, address=EDU_ADDRESS)
+    assert found["ioctls"] > 20
+    assert found["failed"] > 15  # all that are no questions about things that may not be there
+
+
+def test_the_kernel_asks_for_the_device(guest: Guest) -> None:
+    found = guest.run(EDU, "wanted_back", timeout=180, address=EDU_ADDRESS)
+    assert found == {"asked": True, "waits": True, "unbound": True, "restored": True}
 
 
 def test_nothing_is_left_of_many_openings(guest: Guest) -> None:

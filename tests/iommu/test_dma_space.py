@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfio_vmbus.errors import ClosedError, DmaError, UsageError, WaitTimeout
-from vfio_vmbus.iommu.dma import FIRST_IOVA, LAST_IOVA, DmaSpace
+from vfio_vmbus.iommu.dma import FIRST_IOVA, LAST_IOVA, DmaBuffer, DmaSpace
 from vfio_vmbus.iommu.domain import Domain
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory.mapping import PAGE
@@ -142,3 +143,50 @@ def test_a_device_that_is_closed_has_given_back_everything() -> None:
         buffer.close()
         assert buffer.mapping.closed
         del device, buffer, Closed
+
+
+RANGES = st.lists(st.integers(0, 1 << 14), min_size=2, max_size=8, unique=True).map(
+    lambda edges: tuple((PAGE * 1024 * a, PAGE * 1024 * b) for a, b in zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False))
+)
+
+
+def test_iovas_are_taken_from_what_the_iommu_translates_above_4_gib_first(device: Refusing) -> None:
+    ranges = ((0, 0xFEE00000), (0xFEF00000, FIRST_IOVA + 16 * PAGE), (1 << 39, 1 << 40))
+    space = DmaSpace(device, ranges)
+    found = [space.buffer(6 * PAGE, READ).iova for _ in range(4)]
+    assert found == [FIRST_IOVA, FIRST_IOVA + 7 * PAGE, 1 << 39, (1 << 39) + 7 * PAGE]
+    space.close()
+
+
+def test_where_there_is_little_it_is_taken_from_below_but_never_the_first_page(device: Refusing) -> None:
+    space = DmaSpace(device, [(0, 4 * PAGE)])
+    with space.buffer(PAGE, READ) as buffer:
+        assert buffer.iova == PAGE
+        with pytest.raises(DmaError, match=r"no 8192 bytes of IOVA space left in \[0x1000, 0x4000\)"):
+            space.buffer(PAGE, READ)
+    assert space.buffer(2 * PAGE, READ).iova == PAGE
+    space.close()
+    with pytest.raises(DmaError, match="the device has no IOVAs"):
+        DmaSpace(device, [(0, PAGE)]).buffer(PAGE, READ)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranges=RANGES, sizes=st.lists(st.integers(1, 3000), max_size=12), drops=st.randoms(use_true_random=False))
+def test_buffers_lie_within_the_ranges_and_apart(ranges: tuple[tuple[int, int], ...], sizes: list[int], drops: Random) -> None:
+    device = Refusing()
+    space = DmaSpace(device, ranges)
+    buffers: list[DmaBuffer] = []
+    for pages in sizes:
+        try:
+            buffers.append(space.buffer(pages * PAGE, READ))
+        except DmaError:
+            parts = [part for start, end in ranges for part in ((start, min(end, FIRST_IOVA)), (max(start, FIRST_IOVA), end))]
+            free = [end - max(start, PAGE) for start, end in parts]
+            assert buffers or max(free) < (pages + 1) * PAGE
+        if buffers and drops.random() < 0.3:
+            buffers.pop(drops.randrange(len(buffers))).close()
+        for buffer in buffers:
+            assert any(max(start, PAGE) <= buffer.iova and buffer.iova + buffer.size <= end for start, end in ranges)
+        for low, high in pairwise(sorted(buffers, key=lambda buffer: buffer.iova)):
+            assert low.iova + low.size + PAGE <= high.iova
+    space.close()

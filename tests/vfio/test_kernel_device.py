@@ -141,6 +141,7 @@ def test_which_devices_spoil_a_group(tree: SysfsTree) -> None:
         ("VFIO_SET_IOMMU", errno.EPERM, UnavailableError, "allow_unsafe_interrupts"),
         ("VFIO_GROUP_GET_DEVICE_FD", errno.ENODEV, UnavailableError, "vfio-vmbus bind"),
         ("VFIO_DEVICE_SET_IRQS", errno.EINVAL, UsageError, "EINVAL"),
+        ("VFIO_DEVICE_BIND_IOMMUFD", errno.EINVAL, UnavailableError, "is open already"),
         ("VFIO_DEVICE_GET_INFO", errno.ENODEV, RescindedError, "gone"),
         ("VFIO_DEVICE_IOEVENTFD", errno.ENOTTY, UnavailableError, "this kernel, or this device, does not have it"),
         ("VFIO_DEVICE_RESET", errno.EAGAIN, LocalError, "try again"),

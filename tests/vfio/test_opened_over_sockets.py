@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer
+from vfio_vmbus.testing.attacker import Attacker
+from vfio_vmbus.testing.hostile import ATTACKS
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.testing.opened_conformance import OpenedConformance
 from vfio_vmbus.vfio.device import Device
@@ -127,6 +131,36 @@ def test_it_is_served_by_another_process(tmp_path: Path) -> None:
                 frame = b"\xff" * 6 + nic.mac + b"\x88\xb5" + bytes(100)
                 assert nic.queue.send([frame]) == 1
                 assert not device.rescinded
+
+
+def test_applications_need_not_know(tmp_path: Path) -> None:
+    path, file = tmp_path / "nic0", tmp_path / "out.pcap"
+    with serving(path, "--personality", "vmbus", "--port", "generator:100"):
+        command = [sys.executable, "-m", "vfio_vmbus", "net", "capture", str(file), "--device", f"unix:{path}", "--count", "50"]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["frames"] == 50
+    assert file.stat().st_size == 24 + 50 * (16 + 100)
+
+
+WILD = [
+    attack
+    for attack in ATTACKS
+    if not attack.bus and attack.name.startswith(("ring/", "header/l", "section/", "pages/", "nvsp/"))
+]
+
+
+def test_attackers_come_over_sockets(host: EmbeddedHost, folder: Path) -> None:
+    """One after the other on a card of their own; the others' traffic goes on, and the card is there for the next one."""
+    assert len(WILD) > 30
+    with opened(folder / "b") as b, open_device(UserDevice(folder / "pci")) as c, Netvsc(b) as sender, Netvsc(c) as receiver:
+        with Traffic(sender, receiver) as traffic:
+            for attack in WILD:
+                with nothing_left(objects=False), opened(folder / "a") as device:
+                    gone = partial(lambda card: card.port is None, host.nics["a"])
+                    attack.run(Attacker(device, gone=gone, patience=0.05))
+                traffic.go_on()
+        with opened(folder / "a") as device, Netvsc(device) as nic:
+            assert nic.info.link
 
 
 def test_a_server_that_dies_is_noticed(tmp_path: Path) -> None:

@@ -173,6 +173,16 @@ def test_nobody_listens(tmp_path: Path) -> None:
             UserDevice(tmp_path / "file")
 
 
+def test_other_sockets_and_waits_are_refused() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams, socket.socket() as internet:
+        for sock in (datagrams, internet):
+            with pytest.raises(UsageError, match="take a Unix stream socket"):
+                UserDevice(sock)
+    for seconds in (0, -1, 1e9, float("nan")):
+        with pytest.raises(UsageError, match="a timeout of"):
+            UserDevice("nowhere", timeout=seconds)
+
+
 def test_any_thread_may_use_it(left: UserDevice) -> None:
     wrong: list[int] = []
     bar = left.region(BAR0_REGION)

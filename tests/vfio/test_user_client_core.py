@@ -65,7 +65,7 @@ def test_a_reply_in_any_two_pieces(core: ClientCore) -> None:
         if cut < 44:
             last = core.receive(reply[cut:], [6])
             assert last == [Reply(0, bytes(range(28)), (5, 6) if cut else (6,))]
-        assert core.between_messages
+        assert not core.partial
 
 
 def test_descriptors_belong_to_the_last_message_that_begins_in_a_piece(core: ClientCore) -> None:

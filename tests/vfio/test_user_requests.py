@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_user_core import SEEDS, fuzz_user_core
+from tests.fuzz.fuzz_user_core import SEEDS, fuzz_user_core, fuzz_user_core_quick
 from tests.vfio.user_rig import GREETING, Rig, rig
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.vfio import eventfd
@@ -484,6 +484,30 @@ def test_the_fuzz_target_for_a_moment(data: bytes) -> None:
     fuzz_user_core(data)
 
 
-def test_the_fuzz_target_takes_its_seeds() -> None:
+ACCESS_STREAMS = st.lists(
+    st.builds(
+        lambda number, region, offset, count, data, no_reply: wire.encode_request(
+            7, number, wire.RegionAccess(region=region, offset=offset, count=count).pack() + data, no_reply=no_reply
+        ),
+        st.sampled_from([wire.REGION_READ, wire.REGION_WRITE, wire.DEVICE_GET_INFO]),
+        st.sampled_from([0, 0, 2, 7, 7, 8, 9]),
+        st.sampled_from([0, 4, 0x24, 0x30, 0x3C, 0x1000, TOP - 4]),
+        st.sampled_from([0, 1, 2, 4, 4, 8, 1 << 17]),
+        st.sampled_from([b"", b"", b"\1\0\0\0", bytes(8)]),
+        st.booleans(),
+    )
+    | st.binary(max_size=40),
+    max_size=6,
+).map(b"".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ACCESS_STREAMS)
+def test_the_short_way_and_the_long_way_are_the_same(stream: bytes) -> None:
+    fuzz_user_core_quick(stream)
+
+
+def test_the_fuzz_targets_take_their_seeds() -> None:
     for seed in SEEDS:
         fuzz_user_core(seed)
+        fuzz_user_core_quick(seed[1:])

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from vfio_vmbus.errors import VfioVmbusError
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio.function import PciFunction
-from vfio_vmbus.vfio.user_core import Close, Release, Send, ServerCore
+from vfio_vmbus.vfio.user_core import Action, Close, Release, Send, ServerCore
+from vfio_vmbus.vfio.user_core import Answer as ClientsAnswer
 from vfio_vmbus.vfio.user_device import FunctionDevice
 from vfio_vmbus.wire import vfio_user as wire
 from vfio_vmbus.wire.vfio_user_version import Capabilities, encode_version
@@ -40,6 +42,8 @@ class Rig:
         self.core = ServerCore(lambda: FunctionDevice(function), max_data=1 << 16)
         self.given: set[int] = set()
         self.reasons: list[str] = []
+        self.told: list[tuple[int, bytes | VfioVmbusError]] = []
+        """What came of the server's own requests: message number, and payload or error."""
 
     def feed(self, data: bytes, fds: Sequence[int] = (), *, lost: bool = False) -> list[Answer]:
         """Bytes as one recvmsg returns them. `fds` are duplicated, as a socket does."""
@@ -47,7 +51,7 @@ class Rig:
         self.given.update(mine)
         return self.carry_out(self.core.receive(data, mine, lost=lost))
 
-    def carry_out(self, actions: Sequence[Send | Release | Close]) -> list[Answer]:
+    def carry_out(self, actions: Sequence[Action]) -> list[Answer]:
         answers = []
         for action in actions:
             match action:
@@ -61,6 +65,8 @@ class Rig:
                     for fd in fds:
                         self.given.remove(fd)
                         os.close(fd)
+                case ClientsAnswer(message_id=message_id, result=result):
+                    self.told.append((message_id, result))
                 case Close(reason=reason):
                     self.reasons.append(reason)
         return answers

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.wire.strategies import all_structs, structs
 from vfio_vmbus.errors import ProtocolError, UsageError
-from vfio_vmbus.wire import pci, vfio, vfio_user
+from vfio_vmbus.wire import opened, pci, vfio, vfio_user
 from vfio_vmbus.wire.table import Side
 from vfio_vmbus.wire.vfio_user import Header, HeaderFlags
 from vfio_vmbus.wire.vfio_user_version import MAX_SERVER_PAYLOAD, Capabilities, decode_version, encode_version
@@ -51,6 +51,11 @@ LAYOUTS = {
     pci.MsixCapability: (12, "id 0 next 1 control 2 table 4 pending 8"),
     pci.MsixEntry: (16, "address_low 0 address_high 4 data 8 control 12"),
     pci.VmbusCapability: (40, "id 0 next 1 length 2 layout 3 magic 4 class_guid 8 instance_guid 24"),
+    opened.OpenedInfo: (  # docs/vmbus-personality.md
+        64,
+        "magic 0 layout 4 features 8 status 12 channels 16 max_channels 20 reserved 24 reserved2 28 class_guid 32 instance_guid 48",
+    ),
+    opened.OpenedRings: (16, "region 0 upstream 4 downstream 8 reserved 12"),
 }
 
 NUMBERS = {
@@ -84,7 +89,7 @@ def test_sizes_and_offsets(kind):
 
 def test_no_structure_is_left_out():
     assert LAYOUTS.keys() == {
-        kind for kind in all_structs() if kind.__module__ in (pci.__name__, vfio.__name__, vfio_user.__name__)
+        kind for kind in all_structs() if kind.__module__ in (opened.__name__, pci.__name__, vfio.__name__, vfio_user.__name__)
     }
 
 
@@ -107,6 +112,18 @@ def test_flag_numbers():
     assert (vfio.CAPABILITY_SPARSE_MMAP, vfio.CAPABILITY_TYPE, vfio.CAPABILITY_MSIX_MAPPABLE) == (1, 2, 3)
     assert (vfio_user.UNMAP_DIRTY_BITMAP, vfio_user.UNMAP_ALL) == (1, 2)
     assert (vfio.DMA_READ, vfio.DMA_WRITE) == (1, 2)
+
+
+def test_numbers_of_opened_devices():
+    """As docs/vmbus-personality.md has them, and, 0 to 6, uio_hv_generic and the patch of 2019."""
+    assert opened.MAGIC == 0x4F424D56
+    assert (opened.LAYOUT, opened.STATUS_AT, opened.CHANNELS_AT, opened.DOORBELLS_AT) == (1, 0x0C, 0x100, 0x1000)
+    assert opened.REGISTERS_SIZE == 0x2000
+    assert (opened.STATUS_OPEN, opened.STATUS_FAILED, opened.STATUS_GONE) == (1, 2, 4)
+    assert (opened.REGION_RINGS, opened.REGION_INTERRUPT_PAGE, opened.REGION_MONITOR_PAGE) == (0, 1, 2)
+    assert (opened.REGION_RECEIVE, opened.REGION_SEND, opened.REGION_RECEIVE_GPADL, opened.REGION_SEND_GPADL) == (3, 4, 5, 6)
+    assert (opened.REGION_REGISTERS, opened.REGION_SUBCHANNELS, opened.IRQ_CHANNELS) == (7, 8, 0)
+    assert opened.OpenedInfo.OFFSETS["status"] == opened.STATUS_AT
 
 
 def test_messages_as_bytes():

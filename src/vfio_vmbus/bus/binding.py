@@ -51,12 +51,14 @@ def bind(
     """Give the device to `driver`, whoever has it. Bound a second time it still remembers what was there first.
 
     guards: are asked before anything is touched. Raises UsageError for what is no address; UnavailableError: no such device, no such driver
-    loaded, no IOMMU group (for a driver of VFIO), not root, or the driver does not take it, in which case everything is put back.
+    loaded, no IOMMU group (for a driver of VFIO), in use through VFIO, not root, or the driver does not take it, when all is put back.
     """
     device = pci.look(address, roots)
     _check_driver(device, driver, roots)
     for guard in guards:
         guard(device)
+    if device.driver != driver:
+        _check_unused(device, roots)
     path = _path(device.address, state)
     earlier = _remembered(path)
     if device.driver == driver and earlier is None:
@@ -84,7 +86,7 @@ def bind(
 def unbind(address: str, *, roots: Roots = Roots(), state: Path | None = None) -> Binding:  # noqa: B008  (frozen)
     """Put back what the device had before `bind`: its driver, or none, and its driver_override.
 
-    Raises UsageError for a device that was not bound here, UnavailableError as `bind`, and where the earlier driver does not take it back.
+    Raises UsageError for a device that was not bound here, UnavailableError as `bind`, and where the driver of before does not take it.
     """
     address = full_address(address)
     roots.device(address)
@@ -92,6 +94,8 @@ def unbind(address: str, *, roots: Roots = Roots(), state: Path | None = None) -
     binding = _remembered(path)
     if binding is None:
         raise UsageError(f"{address} was not bound here: {path} is not there; it has {roots.driver(address) or 'no driver'}")
+    if roots.driver(address) != binding.driver_before:
+        _check_unused(pci.look(address, roots), roots)
     _restore(binding, path, roots)
     now = roots.driver(address)
     if now != binding.driver_before:
@@ -109,6 +113,12 @@ def _check_driver(device: pci.PciDevice, driver: str, roots: Roots) -> None:
         raise UnavailableError(f"the kernel has no PCI driver {driver} loaded: modprobe {driver}")
     if "vfio" in driver:
         roots.protected_group(device.address)
+
+
+def _check_unused(device: pci.PciDevice, roots: Roots) -> None:
+    """Taken from a driver of VFIO's while a process has it open, the kernel would wait for that process, without an end."""
+    if "vfio" in (device.driver or "") and roots.in_use(device.address):
+        raise UnavailableError(f"{device.address} is in use: a process has its IOMMU group open; end that first")
 
 
 def _give(address: str, driver: str | None, override: str | None, roots: Roots) -> None:

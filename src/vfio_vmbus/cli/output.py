@@ -70,20 +70,20 @@ def count(value: Any) -> str:
 class Progress:
     """What is going on, on stderr: a spinner with the latest word on a terminal, a line a step elsewhere."""
 
-    def __init__(self, status: Any) -> None:
-        self._status = status
+    def __init__(self, spinner: Any) -> None:
+        self._spinner = spinner
 
     def step(self, text: str) -> None:
         """Something new begins."""
-        if self._status is None:
+        if self._spinner is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._status.update(text)
+            self._spinner.update(text=text)
 
     def say(self, text: str) -> None:
         """How far it is."""
-        if self._status is not None:
-            self._status.update(text)
+        if self._spinner is not None:
+            self._spinner.update(text=text)
 
 
 @contextmanager
@@ -93,6 +93,11 @@ def progress(text: str) -> Iterator[Progress]:
         yield Progress(None)
         return
     from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
 
-    with Console(stderr=True).status(text) as status:
-        yield Progress(status)
+    spinner = Spinner("dots", text)
+    # What is printed meanwhile goes above the spinner on the terminal, and to a file or pipe where stdout is one.
+    on_terminal = sys.stdout.isatty()
+    with Live(spinner, console=Console(stderr=True), refresh_per_second=12.5, transient=True, redirect_stdout=on_terminal):
+        yield Progress(spinner)

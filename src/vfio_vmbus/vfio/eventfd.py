@@ -6,8 +6,6 @@ import errno
 import os
 from contextlib import suppress
 
-from ..memory.signal import signal_now
-
 EVENT_FLAGS = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 _EOPNOTSUPP = errno.EOPNOTSUPP
 
@@ -45,4 +43,6 @@ def take(fd: int) -> bool:
 
 def ring(fd: int) -> None:
     """Add one to an eventfd, never waiting. One that is full has rung already."""
+    from ..memory.signal import signal_now  # which loads Numba: whoever only waits needs none of it
+
     signal_now(fd)

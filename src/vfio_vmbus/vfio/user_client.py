@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from errno import EINVAL
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from ..errors import DmaError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError
 from ..iommu.translation import READ, WRITE
@@ -29,9 +29,10 @@ from ..wire.vfio_user_version import Capabilities, decode_version, encode_versio
 from . import eventfd
 from .device import IRQ_MASKABLE, REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
 from .user_client_core import MAX_DATA, ClientCore
-from .user_client_link import MAX_TIMEOUT, Link, connect
+from .user_client_link import MAX_TIMEOUT, Link
 from .user_client_memory import ClientMemory
 from .user_client_regions import ASK_ARGSZ, MAX_IO_FDS, RegionView, needed_argsz, parse_io_fds, parse_region
+from .user_client_socket import connect
 
 MAX_INDEXES: Final = 512
 """Regions, or kinds of interrupts, of one device. (QEMU takes 100 and 50.)"""
@@ -55,6 +56,8 @@ class UserDevice(Device):
     def __init__(self, where: str | os.PathLike[str] | socket.socket, *, timeout: float = 5.0) -> None:
         if not 0 < timeout <= MAX_TIMEOUT:
             raise UsageError(f"a timeout of {timeout} s: take more than 0, up to {MAX_TIMEOUT:g}")
+        if isinstance(where, socket.socket) and (where.family, where.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise UsageError(f"{where.family.name} {where.type.name}: take a Unix stream socket")
         sock = where if isinstance(where, socket.socket) else connect(where, timeout)
         name = "vfio-user" if isinstance(where, socket.socket) else f"unix:{os.fspath(where)}"
         self._memory = ClientMemory(name)
@@ -161,7 +164,8 @@ class _UserRegion(Region):
         self._doorbells: dict[int, int] | None = None
 
     def read(self, offset: int, size: int) -> bytes:
-        self._check(offset, size, REGION_READ)
+        if offset < 0 or not 0 < size <= self.size - offset or not self.flags & REGION_READ:
+            self._refuse(offset, size, REGION_READ)
         try:
             if size <= self._step:
                 return self._link.read(self.index, offset, size)
@@ -173,7 +177,8 @@ class _UserRegion(Region):
             raise
 
     def write(self, offset: int, data: bytes) -> None:
-        self._check(offset, len(data), REGION_WRITE)
+        if offset < 0 or not 0 < len(data) <= self.size - offset or not self.flags & REGION_WRITE:
+            self._refuse(offset, len(data), REGION_WRITE)
         try:
             for at in range(0, len(data), self._step):
                 self._link.write(self.index, offset + at, data[at : at + self._step])
@@ -203,11 +208,10 @@ class _UserRegion(Region):
                 raise UsageError(f"no doorbell register at {offset:#x} of region {self.index}")
             return self._doorbells[offset]
 
-    def _check(self, offset: int, size: int, right: int) -> None:
+    def _refuse(self, offset: int, size: int, right: int) -> NoReturn:
         if not self.flags & right:
             raise UsageError(f"region {self.index} cannot be {'read' if right == REGION_READ else 'written'}")
-        if offset < 0 or size <= 0 or offset + size > self.size:
-            raise UsageError(f"{size} bytes at {offset:#x} of region {self.index}, which has {self.size:#x}")
+        raise UsageError(f"{size} bytes at {offset:#x} of region {self.index}, which has {self.size:#x}")
 
     def _areas_text(self) -> str:
         return ", ".join(f"[{start:#x}, {start + length:#x})" for start, length in self.areas) or "no part of it can"

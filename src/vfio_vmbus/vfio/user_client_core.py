@@ -79,25 +79,16 @@ class ClientCore:
         self.stray_replies = 0
         self.stray_fds = 0
         self.served = 0
-        self.message_id = 0
+        self.message_id = 0  # of the latest command: those go round, so that a late reply is not taken for another
         self._memory = memory
         self._awaited: tuple[int, int] | None = None
-        self._data = bytearray()
+        self.partial = bytearray()  # of a message that is not complete
         self._luggage = _Luggage()
-
-    @property
-    def between_messages(self) -> bool:
-        """Does the next byte begin a message?"""
-        return not self._data
-
-    def next_id(self) -> int:
-        """A message number that no late reply will have soon."""
-        self.message_id = (self.message_id + 1) & 0xFFFF
-        return self.message_id
 
     def ask(self, number: int, payload: bytes = b"") -> bytes:
         """The bytes of a command, whose reply is awaited from now on."""
-        self.await_reply(self.next_id(), number)
+        self.message_id = (self.message_id + 1) & 0xFFFF
+        self.await_reply(self.message_id, number)
         return wire.encode_request(self.message_id, number, payload)
 
     def await_reply(self, message_id: int, number: int) -> None:
@@ -110,7 +101,7 @@ class ClientCore:
         The kernel ends a recvmsg behind the bytes that descriptors were sent with: they belong to the last message that begins in `data`,
         or, if none does, to the one that goes on.
         """
-        self._data += data
+        self.partial += data
         carried, fresh = self._luggage, _Luggage([*fds], lost)
         self._luggage = _Luggage()
         mine = _Luggage()
@@ -118,7 +109,7 @@ class ClientCore:
         try:
             while (message := self._next_message()) is not None:
                 mine, carried = carried, _Luggage()
-                if not self._data:
+                if not self.partial:
                     mine, fresh = mine.with_more(fresh), _Luggage()
                 actions += self._take(message, mine)
                 mine = _Luggage()
@@ -131,20 +122,20 @@ class ClientCore:
     def end(self) -> list[Action]:
         """The connection has ended: what is to be closed."""
         self._awaited = None
-        self._data.clear()
+        self.partial.clear()
         left, self._luggage = self._luggage, _Luggage()
         return self._discard(left.fds)
 
     def _next_message(self) -> bytes | None:
         """The next whole message of the stream. Raises ProtocolError for a header that cannot be."""
-        if len(self._data) < Header.SIZE:
+        if len(self.partial) < Header.SIZE:
             return None
-        wire.parse_header(self._data[: Header.SIZE], MAX_MESSAGE)
-        size = int.from_bytes(self._data[_SIZE_AT : _SIZE_AT + 4], "little")
-        if len(self._data) < size:
+        wire.parse_header(self.partial[: Header.SIZE], MAX_MESSAGE)
+        size = int.from_bytes(self.partial[_SIZE_AT : _SIZE_AT + 4], "little")
+        if len(self.partial) < size:
             return None
-        message = bytes(self._data[:size])
-        del self._data[:size]
+        message = bytes(self.partial[:size])
+        del self.partial[:size]
         return message
 
     def _take(self, message: bytes, luggage: _Luggage) -> list[Action]:

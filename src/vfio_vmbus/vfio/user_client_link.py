@@ -23,14 +23,16 @@ from typing import Final, NoReturn, TypeVar, cast
 
 from ..errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
 from ..wire import vfio_user as wire
-from . import eventfd
+from .user_client_attendant import Attendant
 from .user_client_core import Action, Answer, Broken, ClientCore, Discard, Reply
+from .user_client_socket import timeval
 
 T = TypeVar("T")
 
 _ACCESS: Final = struct.Struct("<HHIIIQII")
 """A header and a RegionAccess."""
 _PREFIX: Final = _ACCESS.size
+_IS_REPLY: Final = wire.KIND_REPLY
 _PIECE: Final = 1 << 16
 MAX_TIMEOUT: Final = 1e6
 _MOST_FDS: Final = 253
@@ -56,7 +58,7 @@ class Link:
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._reply: Reply | None = None
         self._failure: str | None = None
-        self._attendant: _Attendant | None = None
+        self._attendant: Attendant | None = None
         sock.setblocking(True)
         self.timeout = timeout
 
@@ -71,7 +73,7 @@ class Link:
         with self.lock:
             self._timeout = seconds
             if self._failure is None:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
 
     def ask(
         self,
@@ -90,8 +92,9 @@ class Link:
         with self.lock:
             self._begin()
             try:
+                self._reply = None
                 self._outbox.append((memoryview(self.core.ask(number, payload)), tuple(fds)))
-                reply = self._exchange(_name_of(number), takes_fds)
+                reply = self._wait(_name_of(number), takes_fds)
                 try:
                     answer = None if reply.error or reply.lost else parse(reply.payload, reply.fds)
                 finally:
@@ -121,7 +124,7 @@ class Link:
         with self.lock:
             self._begin()
             if self._attendant is None:
-                self._attendant = _Attendant(self, self._fd)
+                self._attendant = Attendant(self.serve, self._fd)
             self._attendant.look(self._fd)
 
     def check(self) -> None:
@@ -190,73 +193,66 @@ class Link:
     def _access(self, command: int, region: int, offset: int, count: int, data: bytes, size: int) -> bytes:
         """A region access and the data of its reply, which has `size` bytes.
 
-        The reply to one that goes well is known but for its data. So it is compared, and taken apart only if it is something else.
+        The reply to one that goes well is known but for its data. So if it comes whole and alone, as it does, it is compared and not taken
+        apart; whatever else comes goes to the core.
         """
         with self.lock:
-            self._begin()
+            if self._failure is not None:
+                raise ClosedError(self._failure)
+            attendant = self._attendant
+            if attendant is not None:
+                attendant.look_away(self._fd)
+            core = self.core
+            core.message_id = number = (core.message_id + 1) & 0xFFFF
+            request = _ACCESS.pack(number, command, _PREFIX + len(data), 0, 0, offset, region, count) + data
+            expected = _ACCESS.pack(number, command, size, _IS_REPLY, 0, offset, region, count)
+            sent, got = 0, -1
             try:
-                number = self.core.next_id()
-                request = _ACCESS.pack(number, command, _PREFIX + len(data), 0, 0, offset, region, count) + data
-                expected = _ACCESS.pack(number, command, size, wire.KIND_REPLY, 0, offset, region, count)
-                found = self._quick(command, request, expected, size)
-                error = 0
-                if found is None:
-                    error, found = self._slow(command, expected, size)
+                try:
+                    if not core.partial and not self._outbox:
+                        sent = self._socket.send(request, _SEND)
+                        if sent == len(request):
+                            got = self._socket.recv_into(self._buffer)
+                            if got == size and self._buffer.startswith(expected):
+                                if attendant is not None:
+                                    attendant.look(self._fd)
+                                return bytes(self._view[_PREFIX:size])
+                except BlockingIOError:
+                    if sent == len(request):
+                        raise WaitTimeout(f"{self.name}: the reply to {_name_of(command)}", self.timeout) from None
+                except OSError as error:
+                    self._gone(error)
+                core.await_reply(number, command)
+                code, found = self._slow(command, request[sent:], got, expected, size)
             except BaseException as failure:
                 self._break(failure)
                 raise
-            if self._attendant is not None:
-                self._attendant.look(self._fd)
-        if error:
-            raise _refusal(self.name, command, error)
+            if attendant is not None:
+                attendant.look(self._fd)
+        if code:
+            raise _refusal(self.name, command, code)
         return found
 
-    def _quick(self, command: int, request: bytes, expected: bytes, size: int) -> bytes | None:
-        """Send a request and take its reply if it comes whole, alone and as expected. Else whatever has come is in the core."""
-        core = self.core
+    def _slow(self, command: int, unsent: bytes, got: int, expected: bytes, size: int) -> tuple[int, bytes]:
+        """The errno or the data of an access's reply, however it comes. got: bytes in the buffer, -1 if nothing was received."""
         self._reply = None
-        sent = 0
-        if core.between_messages and not self._outbox:
-            try:
-                sent = self._socket.send(request, _SEND)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._gone(error)
-        if sent < len(request):
-            core.await_reply(core.message_id, command)
-            self._outbox.append((memoryview(request)[sent:], ()))
-            return None
-        try:
-            got = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
-            raise WaitTimeout(f"{self.name}: the reply to {_name_of(command)}", self.timeout) from None
-        except OSError as error:
-            self._gone(error)
-        if got == size and self._buffer.startswith(expected):
-            return bytes(self._view[_PREFIX:size])
-        core.await_reply(core.message_id, command)
-        self._take_bytes(bytes(self._view[:got]))
-        return None
-
-    def _slow(self, command: int, expected: bytes, size: int) -> tuple[int, bytes]:
-        """The errno or the data of the reply, however it comes."""
-        reply = self._exchange(_name_of(command), takes_fds=False, again=True)
+        if unsent:
+            self._outbox.append((memoryview(unsent), ()))
+        if got >= 0:
+            self._take_bytes(bytes(self._view[:got]))
+        reply = self._wait(_name_of(command), takes_fds=False)
         need = size - wire.Header.SIZE
         if reply.error:
             return reply.error, b""
         if len(reply.payload) != need:
             raise ProtocolError(f"{self.name}: reply to {_name_of(command)}: {len(reply.payload)} bytes, need {need}")
         if not reply.payload.startswith(expected[wire.Header.SIZE :]):
-            raise ProtocolError(
-                f"{self.name}: reply to {_name_of(command)}: {wire.RegionAccess.unpack(reply.payload)} was not asked for"
-            )
+            said = wire.RegionAccess.unpack(reply.payload)
+            raise ProtocolError(f"{self.name}: reply to {_name_of(command)}: {said} was not asked for")
         return 0, reply.payload[_PREFIX - wire.Header.SIZE :]
 
-    def _exchange(self, name: str, takes_fds: bool, again: bool = False) -> Reply:
-        """Send what is in the outbox and wait for the reply. again: what there is of it may have come already."""
-        if not again:
-            self._reply = None
+    def _wait(self, name: str, takes_fds: bool) -> Reply:
+        """Send what is in the outbox and wait for the reply, which may be there already."""
         self._pump(f"the reply to {name}", awaits=True, takes_fds=takes_fds)
         reply, self._reply = self._reply, None
         assert reply is not None
@@ -341,62 +337,6 @@ class Link:
     def _close_fds(fds: Sequence[int]) -> None:
         for fd in fds:
             os.close(fd)
-
-
-class _Attendant:
-    """The thread that waits for commands of the server's while it is told to look."""
-
-    def __init__(self, link: Link, fd: int) -> None:
-        self._link = link
-        self._stop = eventfd.make()
-        self._epoll = select.epoll()
-        self._epoll.register(self._stop, select.EPOLLIN)
-        self._epoll.register(fd, 0)
-        self._thread = threading.Thread(target=self._main, name="vfio-user-client", daemon=True)
-        self._thread.start()
-
-    def look(self, fd: int) -> None:
-        self._epoll.modify(fd, select.EPOLLIN)
-
-    def look_away(self, fd: int) -> None:
-        self._epoll.modify(fd, 0)
-
-    def stop(self) -> None:
-        """End the thread. Its connection is told to be closed already, and nobody holds its lock."""
-        eventfd.ring(self._stop)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        self._epoll.close()
-        os.close(self._stop)
-
-    def _main(self) -> None:
-        while True:
-            ready = [fd for fd, _ in self._epoll.poll()]
-            if self._stop in ready or not self._link.serve():
-                return
-
-
-def connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:
-    """A connection to the server that listens at `path`. Raises UnavailableError, WaitTimeout, UsageError for a path that cannot be."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
-        sock.connect(os.fspath(path))
-    except BlockingIOError:
-        sock.close()
-        raise WaitTimeout(f"a connection to {os.fspath(path)}", timeout) from None
-    except OSError as error:
-        sock.close()
-        if error.errno is None:
-            raise UsageError(f"{os.fspath(path)}: {error}") from error
-        raise UnavailableError(f"{os.fspath(path)}: {error.strerror}: is a vfio-user server listening there?") from error
-    return sock
-
-
-def _timeval(seconds: float) -> bytes:
-    """A struct timeval that is not zero, which would be no timeout at all."""
-    microseconds = max(1, round(seconds * 1e6))
-    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _name_of(number: int) -> str:

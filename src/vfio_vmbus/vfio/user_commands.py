@@ -46,6 +46,8 @@ class Commands:
         self.device = device
         self.own = own
         self.peer = peer
+        self._sizes = [device.region_size(index) for index in range(device.regions)]
+        self._max_data = own.max_data_xfer_size
         self._handlers: Mapping[int, Callable[[Request], Reply]] = {
             wire.DMA_MAP: self._dma_map,
             wire.DMA_UNMAP: self._dma_unmap,
@@ -236,9 +238,9 @@ class Commands:
         raise RefusedError("this device does not migrate", errno.EOPNOTSUPP)
 
     def _region_size(self, index: int) -> int:
-        if index >= self.device.regions:
-            raise ProtocolError(f"region {index}, limit {self.device.regions - 1}")
-        return self.device.region_size(index)
+        if index >= len(self._sizes):
+            raise ProtocolError(f"region {index}, limit {len(self._sizes) - 1}")
+        return self._sizes[index]
 
     def _irq_count(self, index: int) -> int:
         if index >= self.device.irqs:
@@ -247,8 +249,8 @@ class Commands:
 
     def _check_access(self, name: str, region: int, offset: int, count: int) -> None:
         size = self._region_size(region)
-        if not 0 < count <= self.own.max_data_xfer_size:
-            raise ProtocolError(f"{name}: {count} bytes, need 1 to {self.own.max_data_xfer_size}")
+        if not 0 < count <= self._max_data:
+            raise ProtocolError(f"{name}: {count} bytes, need 1 to {self._max_data}")
         if offset + count > size:
             raise ProtocolError(f"{name}: {count} bytes at {offset:#x} of region {region}, which has {size:#x}")
 

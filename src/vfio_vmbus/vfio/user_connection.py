@@ -14,10 +14,11 @@ import select
 import socket
 import struct
 import termios
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from ..errors import VfioVmbusError, WaitTimeout
 from .user_core import MAX_MSG_FDS, Action, Answer, Close, Release, Send, ServerCore
@@ -29,6 +30,10 @@ _LARGE_PIECE: Final = 1 << 16
 """Of a message that is larger."""
 _MESSAGES: Final = 32
 """Messages carried out before others get their turn."""
+_LINGER_NS: Final = 30_000 if len(os.sched_getaffinity(0)) > 1 else 0
+"""How long the next request is awaited; on one CPU its sender could not even run meanwhile."""
+_HURRIED: Final = 32
+"""Requests after which that is not done, where it was in vain."""
 _RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)
@@ -36,6 +41,10 @@ _LOOK_SECONDS: Final = 0.25
 """How often a client that is not read from is looked at: is it still there?"""
 _RETRY_SECONDS: Final = 0.005
 """How often it is looked whether a client has taken what it was sent, before descriptors are."""
+
+
+_Received: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int]
+"""Bytes, ancillary data, flags."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class UserConnection:
         self._answers: dict[int, asyncio.Future[bytes]] = {}
         self._later: asyncio.Handle | None = None
         self._retry: asyncio.Handle | None = None
+        self._hurried = 0
         self._reading = False
         self._writing = False
         self._open = True
@@ -151,6 +161,16 @@ class UserConnection:
             self._ended(reason)
 
     def _readable(self) -> None:
+        """Take what has come. When that was a request which is answered at once, the next one is awaited for a moment: a client that asks
+        again and again need not wait for the loop each time. Others have their turn after some messages."""
+        got = self._receive()
+        for left in range(_MESSAGES - 1, -1, -1):
+            if got is None or not self._answered(*got) or not left:
+                return
+            got = self._linger()
+
+    def _receive(self) -> _Received | None:
+        """What one recvmsg gives, if there is anything."""
         try:
             if self.core.missing > _PIECE:
                 data, control, flags, _ = self._socket.recvmsg(min(self.core.missing, _LARGE_PIECE), self._room, _RECEIVE)
@@ -158,10 +178,29 @@ class UserConnection:
                 count, control, flags, _ = self._socket.recvmsg_into(self._buffers, self._room, _RECEIVE)
                 data = self._buffer[:count].tobytes()
         except (BlockingIOError, InterruptedError):
-            return
+            return None
         except OSError as error:
             self.close(f"the client is gone: {error}")
-            return
+            return None
+        return data, control, flags
+
+    def _linger(self) -> _Received | None:
+        """What comes within a moment. Where that was in vain, the client may need this CPU to send it: then not for the next requests."""
+        if self._hurried:
+            self._hurried -= 1
+            return None
+        end = time.monotonic_ns() + _LINGER_NS
+        while self._open:
+            got = self._receive()
+            if got is not None:
+                return got
+            if time.monotonic_ns() > end:
+                self._hurried = _HURRIED
+                break
+        return None
+
+    def _answered(self, data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> bool:
+        """Was it a request that could be answered at once? If not, it is carried out in its turn."""
         lost = flags & _TRUNCATED != 0
         if not control and not lost and not self._unsent and self._bucket.tokens >= 1:
             reply = self.core.quick(data)
@@ -169,12 +208,13 @@ class UserConnection:
                 self._bucket.tokens -= 1
                 if reply:
                     self._send(reply, ())
-                return
+                return True
         self._carry_out(self.core.feed(data, _descriptors(control) if control else (), lost=lost))
         if data:
             self._work()
         else:
             self.close("the client has closed the connection")
+        return False
 
     def _work(self) -> None:
         """Carry out what the client has sent, as much as it may have in one turn."""

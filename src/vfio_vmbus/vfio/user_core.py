@@ -44,9 +44,8 @@ _LEAST_ROOM: Final = 8192
 """Bytes of a message that is always taken: SPDK sends 4 KiB to ask for a region, WRITE_MULTI has up to 6 KiB."""
 
 _SIZE_AT: Final = Header.OFFSETS["message_size"]
-_HEADER: Final = struct.Struct("<HHIII")
 _ACCESS: Final = struct.Struct("<HHIIIQII")
-"""A Header, and with a RegionAccess behind it, for those that come and go most often."""
+"""A Header with a RegionAccess behind it, which come and go most often."""
 _NO_REPLY: Final = wire.HeaderFlags.no_reply.mask
 _REPLY: Final = wire.KIND_REPLY
 _REGION_READ: Final = wire.REGION_READ
@@ -200,15 +199,17 @@ class ServerCore:
             return None
         try:
             if command == _REGION_READ and size == _ACCESS.size:
-                payload = data[_HEADER.size :] + commands.read(region, offset, count)
+                value = commands.read(region, offset, count)
             elif command == _REGION_WRITE and size == _ACCESS.size + count:
                 commands.write(region, offset, data[_ACCESS.size :])
-                payload = data[_HEADER.size : _ACCESS.size]
+                value = b""
             else:
                 return None
         except Exception as error:
             return self._refusal(Header.unpack(data), error)
-        return b"" if flags else _HEADER.pack(message_id, command, _HEADER.size + len(payload), _REPLY, 0) + payload
+        if flags:
+            return b""
+        return _ACCESS.pack(message_id, command, _ACCESS.size + len(value), _REPLY, 0, offset, region, count) + value
 
     def receive(self, data: bytes, fds: Sequence[int] = (), *, lost: bool = False) -> list[Action]:
         """`feed`, and carry out all that is complete."""
@@ -280,7 +281,7 @@ class ServerCore:
             return [*self._answered(header, message[Header.SIZE :]), *_release(fds)]
         answer: list[Action] = []
         try:
-            wire.parse_header(message, self.max_size)
+            wire.check_header(header, self.max_size)
             if lost:
                 raise ProtocolError(f"command {header.command}: descriptors were lost, limit {self.max_msg_fds}")
             if len(fds) > self.max_msg_fds:

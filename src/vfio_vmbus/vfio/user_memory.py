@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+from collections.abc import Iterator
 from enum import Enum
 from typing import Final
 
@@ -138,9 +139,10 @@ class ClientMemory:
         return self._layout
 
 
-def _chunks(iova: int, size: int, most: int = CHUNK) -> list[tuple[int, int]]:
+def _chunks(iova: int, size: int, most: int = CHUNK) -> Iterator[tuple[int, int]]:
     most = min(most, CHUNK)
-    return [(at, min(most, iova + size - at)) for at in range(iova, iova + size, most)]
+    for at in range(iova, iova + size, most):
+        yield at, min(most, iova + size - at)
 
 
 def _check(name: str, said: wire.DmaAccess | wire.OldDmaAccess, iova: int, count: int) -> None:

@@ -134,11 +134,11 @@ class UserServer:
             return
         peer = Peer.of(connected)
         if not self.admission.admits(peer):
-            connected.close()
             self._turn_away(place, peer)
-        elif place.waiting >= MAX_WAITING:
             connected.close()
+        elif place.waiting >= MAX_WAITING:
             self._events(ServerEvent("refused", place.name, peer, f"{place.waiting} connections have not said VERSION yet"))
+            connected.close()
         else:
             self._serve(connected, place, peer)
 

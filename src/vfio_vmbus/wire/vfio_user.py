@@ -288,6 +288,12 @@ def parse_header(data: Buffer, max_size: int) -> Header:
     """A message's header. Raises ProtocolError: fewer than 16 bytes; a size below 16 or above `max_size`; neither command nor reply;
     flags that contradict each other."""
     header = Header.unpack(data)
+    check_header(header, max_size)
+    return header
+
+
+def check_header(header: Header, max_size: int) -> None:
+    """Raise ProtocolError as `parse_header`."""
     if not Header.SIZE <= header.message_size <= max_size:
         raise ProtocolError(f"message size {header.message_size} bytes, need {Header.SIZE} to {max_size}")
     flags = header.flags
@@ -297,7 +303,6 @@ def parse_header(data: Buffer, max_size: int) -> Header:
         raise ProtocolError(f"message flags {int(flags):#x}, limit 0x3f")
     if flags.kind == KIND_COMMAND and flags.error:
         raise ProtocolError(f"message flags {int(flags):#x}: a command cannot be an error")
-    return header
 
 
 def command_of(number: int) -> Command:

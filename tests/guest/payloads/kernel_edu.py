@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import resource
 import select
@@ -12,22 +14,27 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from unittest.mock import patch
 
 from vfio_vmbus.bus import binding, pci
-from vfio_vmbus.errors import DmaError, UnavailableError, UsageError
+from vfio_vmbus.errors import ClosedError, DmaError, LocalError, UnavailableError, UsageError
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.conformance import DeviceConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, Device, Irq
-from vfio_vmbus.vfio.kernel import Container, KernelDevice
-from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
+from vfio_vmbus.vfio.kernel import Container, Ioas, KernelDevice
+from vfio_vmbus.vfio.kernel.nodes import Roots
+from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI, IRQ_REQ
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
 import edu
 
+VIRTIO_BAR, VIRTIO_STATUS = 4, 0x14
+"""Where QEMU has the common configuration of a virtio device, and the device status in it (virtio 1.2, 4.1.4.3)."""
 STATE = Path("/dev/shm/vfio-vmbus")
 Report = Callable[[Any], None]
 
@@ -180,8 +187,10 @@ def refusals(report: Report, address: str) -> dict[str, str]:
 
     def attempt(name: str, call: Callable[[], Any]) -> None:
         try:
-            call()
+            made = call()
             found[name] = ""
+            if isinstance(made, Device):
+                made.close()
         except (UnavailableError, DmaError, UsageError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
@@ -194,6 +203,8 @@ def refusals(report: Report, address: str) -> dict[str, str]:
     with bound(address):
         with KernelDevice(address):
             attempt("twice", lambda: KernelDevice(address))
+            attempt("unbind in use", lambda: binding.unbind(address, state=STATE))
+            attempt("bind in use", lambda: binding.bind(address, "pcieport", state=STATE))
         attempt("no cdev", lambda: KernelDevice(address, iommufd=True))
         with KernelDevice(address) as device, SharedMemory(1 << 20) as memory:
             found["resettable"] = str(device.info.resettable)
@@ -247,3 +258,101 @@ def cycles(report: Report, address: str, count: int) -> None:
                 assert device.region(BAR0_REGION).read32(0) & 0xFF == 0xED, number
                 device.region(BAR0_REGION).doorbell(edu.INTERRUPT_RAISE)
                 os.close(signal)
+
+
+def groups(report: Report, first: str, second: str, other: str) -> dict[str, Any]:
+    """Two edus and a device that the kernel drives, in one group, as they are behind one bridge."""
+    found: dict[str, Any] = {"members": pci.look(first).members, "kernel's": pci.look(other).driver}
+    with bound(first):
+        try:
+            KernelDevice(first).close()
+            found["not viable"] = ""
+        except UnavailableError as error:
+            found["not viable"] = str(error)
+    with bound(first), bound(second), bound(other):
+        node = Roots().cdev(first) is not None
+        with nothing_left(objects=False), Ioas() if node else Container() as space:
+            with KernelDevice(first, space=space) as one, KernelDevice(second, space=space) as two:
+                found["dependent"] = sorted((each.address, each.owned) for each in one.hot_reset_info())
+                found["shared"] = share(one, two)
+                with KernelDevice(other, space=space) as third:
+                    common = third.region(VIRTIO_BAR)
+                    common.write(VIRTIO_STATUS, b"\1")
+                    found["before it"] = common.read(VIRTIO_STATUS, 1)[0]
+                    one.hot_reset()
+                    found["after it"] = common.read(VIRTIO_STATUS, 1)[0]
+            found["closed"] = attempt_map(one)
+    return found
+
+
+def share(one: KernelDevice, two: KernelDevice) -> str:
+    """What is mapped for one device the other reaches, too."""
+    with edu.Edu(one) as first, edu.Edu(two) as second, first.buffer() as memory:
+        memory.mapping.write(0, b"both reach it")
+        first.fetch(memory.iova, 13)
+        first.store(memory.iova + 100, 13)
+        second.fetch(memory.iova + 100, 13)
+        second.store(memory.iova + 200, 13)
+        return memory.mapping.read(200, 13).decode()
+
+
+def attempt_map(device: KernelDevice) -> str:
+    """A closed device maps nothing, though its address space is open."""
+    with SharedMemory(4096) as memory:
+        try:
+            device.dma.map(1 << 32, memory.fd, 0, 4096, READ)
+        except ClosedError as error:
+            return str(error)
+    return ""
+
+
+def half_open(report: Report, address: str) -> dict[str, int]:
+    """Opening fails at each of its ioctls in turn: nothing is left of it, and the device opens afterwards."""
+    real = fcntl.ioctl
+    left, seen = 0, 0
+
+    def failing(fd: int, request: int, *arguments: Any) -> int:
+        nonlocal left, seen
+        seen += 1
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, request, *arguments)
+
+    def opened() -> bool:
+        try:
+            KernelDevice(address).close()
+        except LocalError:
+            return False
+        return True
+
+    with bound(address), patch.object(fcntl, "ioctl", failing):
+        assert opened()  # by which it is known how many there are, those of closing included
+        total, failed = seen, 0
+        for number in range(1, total + 1):
+            with nothing_left(objects=False):
+                left = number
+                failed += not opened()
+                left = 0
+        assert opened()
+        return {"ioctls": total, "failed": failed}
+
+
+def wanted_back(report: Report, address: str) -> dict[str, bool]:
+    """The kernel is told to unbind a device that is open: it asks for it by the REQ interrupt, and waits until it is closed."""
+    found = {}
+    binding.bind(address, state=STATE)
+    device = KernelDevice(address)
+    signal = eventfd.make()
+    device.irq(IRQ_REQ).enable(0, signal)
+    unbind = Thread(target=Path(f"/sys/bus/pci/devices/{address}/driver/unbind").write_text, args=(address,))
+    unbind.start()
+    found["asked"] = bool(select.select([signal], [], [], 60)[0]) and eventfd.take(signal)
+    found["waits"] = unbind.is_alive()
+    device.close()
+    unbind.join(60)
+    found["unbound"] = not unbind.is_alive() and pci.look(address).driver is None
+    os.close(signal)
+    binding.unbind(address, state=STATE)  # of a device that somebody else has unbound meanwhile
+    found["restored"] = (pci.look(address).driver, pci.look(address).override) == (None, None)
+    return found

@@ -20,7 +20,7 @@ from ..device import CONFIG_REGION, Device, DeviceInfo, Dma, Irq, Region
 from .container import Container
 from .ioctl import call, errno_of
 from .iommufd import Ioas
-from .irqs import KernelIrq, open_irq
+from .irqs import InUse, KernelIrq, open_irq
 from .nodes import Roots, full_address
 from .regions import KernelRegion, open_region
 from .space import AddressSpace
@@ -61,6 +61,8 @@ class KernelDevice(Device):
     iommufd: True for its own node and an iommufd, False for its IOMMU group, None for the former where the kernel makes such nodes.
     space: an AddressSpace that several devices share (devices of one group must); it stays open, and so does what is mapped in it.
 
+    Any thread may use it; `close` it when none does, as numbers of descriptors are used again.
+
     Opened, it decodes memory and I/O and may be a bus master: what it reaches then is what is mapped. `close` takes that away, before
     anything is unmapped, and the kernel resets it if it can (`info.resettable`) and puts its configuration back.
 
@@ -93,10 +95,10 @@ class KernelDevice(Device):
             stack.callback(self._release)
             self.info = self._describe(roots, group)
             self.dma = _Maps(space, self)
-            exclusive: dict[int, KernelIrq] = {}
+            in_use = InUse()
             found = [open_region(self._fd, index, self.fileno) for index in range(self.info.regions)]
             self._regions = {region.index: region for region in found if region}
-            kinds = [open_irq(self._fd, index, self.fileno, exclusive) for index in range(self.info.irqs)]
+            kinds = [open_irq(self._fd, index, self.fileno, in_use) for index in range(self.info.irqs)]
             self._irqs = {irq.index: irq for irq in kinds if irq}
             self._decode(_DECODE)
             self._resources = stack.pop_all()

@@ -55,6 +55,10 @@ _KINDS: Final[dict[int, type[LocalError]]] = {
 }
 
 
+_IN_USE: Final = ("VFIO_GROUP_SET_CONTAINER", "VFIO_DEVICE_BIND_IOMMUFD")
+"""EINVAL of these is no mistake of the caller's: somebody has the device."""
+
+
 def _memlock() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
@@ -79,7 +83,7 @@ _ADVICE: Final = {
     "(vfio_iommu_type1.dma_entry_limit): map larger pieces",
     ("VFIO_DEVICE_RESET", errno.EAGAIN): "its slot is being reset by someone else: try again",
     ("VFIO_DEVICE_IOEVENTFD", errno.ENOSPC): "a device may have 1000 doorbells",
-    ("VFIO_DEVICE_BIND_IOMMUFD", errno.EINVAL): "the device, or its group, is open in another way",
+    ("VFIO_DEVICE_BIND_IOMMUFD", errno.EINVAL): "the device is open already, or its group is",
     ("VFIO_DEVICE_PCI_HOT_RESET", errno.EINVAL): "devices of other owners share its slot or bus",
     ("VFIO_DEVICE_PCI_HOT_RESET", errno.EPERM): "devices of other owners share its slot or bus",
 }
@@ -111,6 +115,8 @@ def refusal(name: str, code: int, what: str = "") -> VfioVmbusError:
         kind = DmaError
         if code == errno.ENOMEM:
             advice = _memlock()
+    elif code == errno.EINVAL and name in _IN_USE:
+        kind = UnavailableError
     elif code == errno.ENODEV and not advice:
         kind, advice = RescindedError, "the device is gone, or is being taken away"
     elif code == errno.ENOTTY and not advice:

@@ -36,7 +36,7 @@ class Ioas(AddressSpace):
             self._resources.push(stack.pop_all())
 
     def device(self, address: str) -> int:
-        self._roots.protected_group(address)
+        group = self._roots.protected_group(address)
         node = self._roots.cdev(address)
         if node is None:
             raise UnavailableError(f"{address} has no node in /dev/vfio/devices: bind it, or take its group (iommufd=False)")
@@ -45,7 +45,12 @@ class Ioas(AddressSpace):
             fd = open_node(node, address, "bind it (vfio-vmbus bind ADDRESS)")
             stack.callback(os.close, fd)
             bind = uapi.BindIommufd(argsz=uapi.BIND_IOMMUFD_SIZE_6_12, iommufd=self._fd).pack()
-            call(fd, uapi.DEVICE_BIND_IOMMUFD, bytearray(bind), what=address)
+            try:
+                call(fd, uapi.DEVICE_BIND_IOMMUFD, bytearray(bind), what=address)
+            except UnavailableError as error:
+                if errno_of(error) == errno.EPERM:
+                    raise UnavailableError(f"not viable: {self._roots.not_viable(group)}") from error
+                raise
             attach = uapi.AttachIommufd(argsz=uapi.ATTACH_IOMMUFD_SIZE_6_12, pt_id=self.id).pack()
             call(fd, uapi.DEVICE_ATTACH_IOMMUFD_PT, bytearray(attach), what=address)
             self.page_size, self.iova_ranges = self._describe()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from threading import RLock
 from typing import Final
 
 from ...errors import UnavailableError, UsageError
@@ -24,20 +25,28 @@ _ALONE: Final = (wire.IRQ_INTX, wire.IRQ_MSI, wire.IRQ_MSIX)
 NOBODY: Final = -1
 
 
+class InUse:
+    """Which kind of a device's interrupts is enabled, of those that exclude each other; and the lock of all of them."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.kind: KernelIrq | None = None
+
+
 class KernelIrq(Irq):
-    """One kind of interrupt.
+    """One kind of interrupt. Any thread may call.
 
     MSI and, on older kernels, MSI-X cannot be given more vectors while some are enabled (IRQ_NORESIZE): then the first `enable` allocates
     all of them, as many as the machine has room for, and disabling the last one frees them.
     """
 
-    def __init__(self, fd: Callable[[], int], info: wire.IrqInfo, exclusive: dict[int, KernelIrq]) -> None:
+    def __init__(self, fd: Callable[[], int], info: wire.IrqInfo, in_use: InUse) -> None:
         self.index = info.index
         self.count = info.count
         self.flags = info.flags
         self.name = _NAMES.get(info.index, f"interrupt index {info.index}")
         self._fd = fd
-        self._exclusive = exclusive
+        self._in_use = in_use
         self._enabled: set[int] = set()
         self._allocated = 0
 
@@ -53,40 +62,40 @@ class KernelIrq(Irq):
             raise UsageError(f"descriptor {eventfd_} is not an eventfd")
         if not self.flags & IRQ_EVENTFD:
             raise UsageError(f"{self.name} signals no eventfd")
-        if self.index in _ALONE:
-            for other in self._exclusive.values():
-                if other is not self:
-                    raise UsageError(f"vectors of {other.name} are enabled: disable them first, a device has one kind at a time")
-        if self._allocated:
-            if self.flags & IRQ_NORESIZE and vector >= self._allocated:
+        with self._in_use.lock:
+            other = self._in_use.kind
+            if self.index in _ALONE and other is not None and other is not self:
+                raise UsageError(f"vectors of {other.name} are enabled: disable them first, a device has one kind at a time")
+            if not self._allocated:
+                self._allocate(fd, vector, eventfd_)
+            elif self.flags & IRQ_NORESIZE and vector >= self._allocated:
                 raise UnavailableError(
                     f"vector {vector} of {self.name}: the machine had room for {self._allocated} of {self.count}"
                 )
-            self._lead(fd, vector, [eventfd_])
-        else:
-            self._allocate(fd, vector, eventfd_)
-        self._enabled.add(vector)
-        if self.index in _ALONE:
-            self._exclusive[self.index] = self
+            else:
+                self._lead(fd, vector, [eventfd_])
+            self._enabled.add(vector)
+            if self.index in _ALONE:
+                self._in_use.kind = self
 
     def disable(self, vector: int) -> None:
         fd = self._fd()
         self._check(vector)
-        if vector not in self._enabled:
-            return
-        if len(self._enabled) > 1:
-            self._lead(fd, vector, [NOBODY])
-            self._enabled.discard(vector)
-        else:
-            self.disable_all()
+        with self._in_use.lock:
+            if self._enabled == {vector}:
+                self.disable_all()
+            elif vector in self._enabled:
+                self._lead(fd, vector, [NOBODY])
+                self._enabled.discard(vector)
 
     def disable_all(self) -> None:
         """Signal nobody, and give the vectors back to the machine."""
-        if self._enabled:
-            if self.index in _ALONE:
-                self._set(self._fd(), wire.SET_DATA_NONE | wire.SET_ACTION_TRIGGER, 0, 0)
-            else:
-                self._lead(self._fd(), 0, [NOBODY])
+        fd = self._fd()
+        with self._in_use.lock:
+            if self._enabled and self.index in _ALONE:
+                self._set(fd, wire.SET_DATA_NONE | wire.SET_ACTION_TRIGGER, 0, 0)
+            elif self._enabled:
+                self._lead(fd, 0, [NOBODY])
             self.forget()
 
     def mask(self, vector: int) -> None:
@@ -99,15 +108,14 @@ class KernelIrq(Irq):
         """Let the kernel signal an enabled vector, as if the device had: a test of all but the device. Raises UsageError otherwise."""
         fd = self._fd()
         self._check(vector)
-        if vector not in self._enabled:
-            raise UsageError(f"vector {vector} of {self.name} is not enabled")
-        self._set(fd, wire.SET_DATA_NONE | wire.SET_ACTION_TRIGGER, vector, 1)
+        self._act(fd, vector, wire.SET_ACTION_TRIGGER)
 
     def forget(self) -> None:
         """Nothing is enabled any more: the device is closed."""
         self._enabled.clear()
         self._allocated = 0
-        self._exclusive.pop(self.index, None)
+        if self._in_use.kind is self:
+            self._in_use.kind = None
 
     def _allocate(self, fd: int, vector: int, eventfd_: int) -> None:
         """The first one. The kernel answers with the number of vectors that there is room for, when that is too little."""
@@ -132,9 +140,13 @@ class KernelIrq(Irq):
         self._check(vector)
         if not self.flags & IRQ_MASKABLE:
             raise UsageError(f"vector {vector} of {self.name} cannot be masked")
-        if vector not in self._enabled:
-            raise UsageError(f"vector {vector} of {self.name} is not enabled")
-        self._set(fd, wire.SET_DATA_NONE | action, vector, 1)
+        self._act(fd, vector, action)
+
+    def _act(self, fd: int, vector: int, action: int) -> None:
+        with self._in_use.lock:
+            if vector not in self._enabled:
+                raise UsageError(f"vector {vector} of {self.name} is not enabled")
+            self._set(fd, wire.SET_DATA_NONE | action, vector, 1)
 
     def _set(self, fd: int, flags: int, start: int, count: int, data: bytes = b"") -> int:
         size = wire.IrqSet.SIZE + len(data)
@@ -148,8 +160,8 @@ class KernelIrq(Irq):
             raise UsageError(f"vector {vector} of {self.name}: there are {self.count}")
 
 
-def open_irq(device: int, index: int, fd: Callable[[], int], exclusive: dict[int, KernelIrq]) -> KernelIrq | None:
-    """Interrupt index `index` of the device; None where there is none. exclusive: which kind is in use, shared by all of a device's."""
+def open_irq(device: int, index: int, fd: Callable[[], int], in_use: InUse) -> KernelIrq | None:
+    """Interrupt index `index` of the device; None where there is none. in_use: shared by all of a device's."""
     answer = bytearray(wire.IrqInfo(index=index).pack())
     try:
         call(device, uapi.DEVICE_GET_IRQ_INFO, answer, what=f"index {index}")
@@ -158,4 +170,4 @@ def open_irq(device: int, index: int, fd: Callable[[], int], exclusive: dict[int
             return None
         raise
     info = wire.IrqInfo.unpack(answer)
-    return KernelIrq(fd, info, exclusive) if info.count else None
+    return KernelIrq(fd, info, in_use) if info.count else None

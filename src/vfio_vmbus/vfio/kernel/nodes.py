@@ -83,6 +83,14 @@ class Roots:
         folder = self.sysfs / f"kernel/iommu_groups/{group}/devices"
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
+    def in_use(self, address: str) -> bool:
+        """Has a process opened the device, or another of its group, through VFIO? As far as this process may ask."""
+        try:
+            os.close(os.open(self.dev / f"vfio/{self.group(address)}", os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno == errno.EBUSY
+        return False
+
     def cdev(self, address: str) -> Path | None:
         """The device's own node for iommufd, where the kernel makes one."""
         folder = self.device(address) / "vfio-dev"

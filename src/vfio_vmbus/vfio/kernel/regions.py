@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from threading import Lock
 
 from ...errors import ClosedError, RescindedError, UnavailableError, UsageError, VfioVmbusError
 from ...memory.mapping import Mapping, Piece
@@ -17,6 +18,7 @@ from .ioctl import call
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _MAPPABLE = range(wire.REGION_BAR0, wire.REGION_BAR5 + 1)
+DOORBELL_SIZE = 4
 DOORBELL_VALUE = 1
 """What the kernel writes for a doorbell; an eventfd does not say which value."""
 
@@ -24,7 +26,7 @@ DOORBELL_VALUE = 1
 class KernelRegion(Region):
     """A region by pread(2), pwrite(2) and mmap(2). An access is one call: for registers, ask for 1, 2, 4 or 8 bytes.
 
-    A BAR of 8-byte registers is reached by two accesses of 4 on x86 before Linux 6.13; map it where that matters.
+    An access of 8 bytes is one of the device with Linux 6.12; with 6.1 it is two of 4 on x86: map the region where that matters.
     """
 
     def __init__(self, fd: Callable[[], int], info: wire.RegionInfo, areas: tuple[tuple[int, int], ...]) -> None:
@@ -35,6 +37,7 @@ class KernelRegion(Region):
         self._fd = fd
         self._base = info.offset
         self._doorbells: dict[int, int] = {}
+        self._lock = Lock()
 
     def read(self, offset: int, size: int) -> bytes:
         fd = self._fd()
@@ -63,20 +66,10 @@ class KernelRegion(Region):
         self._check(offset, 4, wire.REGION_WRITE)
         if offset % 4 or self.index not in _MAPPABLE:
             raise UsageError(f"no doorbell register at {offset:#x} of region {self.index}: take a 32-bit one of a BAR")
-        if offset not in self._doorbells:
-            bell = eventfd.make()
-            wanted = uapi.IoEventFd(flags=4, offset=self._base + offset, data=DOORBELL_VALUE, fd=bell)
-            try:
-                call(fd, uapi.DEVICE_IOEVENTFD, bytearray(wanted.pack()), what=f"{offset:#x} of region {self.index}")
-            except VfioVmbusError as error:
-                os.close(bell)
-                if isinstance(error, UsageError):
-                    raise UnavailableError(
-                        f"{error}; the kernel rings no such register (not memory, or of the MSI-X table)"
-                    ) from error
-                raise
-            self._doorbells[offset] = bell
-        return self._doorbells[offset]
+        with self._lock:
+            if offset not in self._doorbells:
+                self._doorbells[offset] = self._rung_by_kernel(fd, offset)
+            return self._doorbells[offset]
 
     def map(self, offset: int, size: int, *, wrap_from: int | None = None) -> Mapping:
         """As `Region.map`. What is mapped keeps the device open: close it before the device.
@@ -98,6 +91,20 @@ class KernelRegion(Region):
         """Close the doorbells."""
         while self._doorbells:
             os.close(self._doorbells.popitem()[1])
+
+    def _rung_by_kernel(self, fd: int, offset: int) -> int:
+        bell = eventfd.make()
+        wanted = uapi.IoEventFd(flags=DOORBELL_SIZE, offset=self._base + offset, data=DOORBELL_VALUE, fd=bell)
+        try:
+            call(fd, uapi.DEVICE_IOEVENTFD, bytearray(wanted.pack()), what=f"{offset:#x} of region {self.index}")
+        except VfioVmbusError as error:
+            os.close(bell)
+            if isinstance(error, UsageError):
+                raise UnavailableError(
+                    f"{error}; the kernel rings no such register (not memory, or of the MSI-X table)"
+                ) from error
+            raise
+        return bell
 
     def _check(self, offset: int, size: int, right: int) -> None:
         if size <= 0 or offset < 0 or offset + size > self.size:
