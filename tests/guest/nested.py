@@ -22,7 +22,7 @@ from .run import Guest, file_server
 BALLOON = "hvb"
 _INNER_MODULES = ("hv_vmbus", "hv_balloon", "uio_hv_generic")
 _INNER_MEMORY = "640M"
-_WORDS = "console=ttyS0 panic=-1"
+_WORDS = "console=ttyS0 panic=-1 mitigations=off"
 _CPU = "host,kvm=off,hv-relaxed,hv-vapic,hv-time,hv-vpindex,hv-synic,hv-stimer,hv-runtime,hv-frequencies"
 """kvm=off: else the guest finds KVM, and no Hyper-V."""
 
@@ -64,18 +64,7 @@ class HyperVGuest(Guest):
         """The outer machine: two ports lead on to the inner QEMU."""
         return [
             *self._tools.qemu,
-            *(
-                "-accel",
-                "tcg,thread=single",
-                "-icount",
-                "shift=1,sleep=on",
-                "-cpu",
-                "EPYC-Rome,+svm,+npt",
-                "-smp",
-                "1",
-                "-m",
-                "1536M",
-            ),
+            *("-accel", "tcg,thread=multi", "-cpu", "EPYC-Rome,+svm,+npt", "-smp", "1", "-m", "1536M"),
             *("-object", "memory-backend-memfd,id=ram,size=1536M,share=on", "-machine", "q35,memory-backend=ram"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-serial", f"file:{self._folder / 'console.log'}", "-serial", f"file:{self._folder / 'inner.log'}"),
@@ -107,5 +96,5 @@ class HyperVGuest(Guest):
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port"),
             *("-chardev", "pipe,id=port,path=/dev/vport0p1"),
             *("-chardev", f"socket,id=share,path={share}", "-device", f"vhost-user-fs-pci,chardev=share,tag={SHARE}"),
-            *("-device", "vmbus-bridge", "-device", f"hv-balloon,id={BALLOON}"),
+            *("-device", "vmbus-bridge", "-device", f"hv-balloon,id={BALLOON},status-report=on"),
         ]

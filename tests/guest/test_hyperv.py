@@ -117,7 +117,7 @@ def test_the_host_asks_for_memory_and_gives_it_back(bound: HyperVGuest) -> None:
     """QEMU holds requests back for 50 seconds after the capabilities."""
     driver = bound.start(HYPERV, "drive", 2 * SLOW, limit=20000, seconds=2 * SLOW)
     first = driver.report(SLOW)
-    assert (first["version"], first["pages"]) == ("2.0", 0)
+    assert (first["version"], first["pages"], first["reports_wanted"]) == ("2.0", 0, True)
     whole = actual(bound)
     target = whole - (40 << 20)
     bound.inner.command("balloon", value=target)
@@ -132,6 +132,11 @@ def test_the_host_asks_for_memory_and_gives_it_back(bound: HyperVGuest) -> None:
     driver.stop()
     last = driver.result(SLOW)
     assert (last["pages"], last["given"], last["returned"]) == (0, given["pages"], given["pages"])
+    assert last["woken"] >= 2
+    assert last["reports"] >= 2
+    report = bound.inner.command("query-hv-balloon-status-report")
+    assert 0 < report["available"] < whole
+    assert report["committed"] > 0
 
 
 def actual(guest: HyperVGuest) -> int:

@@ -136,20 +136,21 @@ def buffers(report: Report) -> dict[str, Any]:
 
 
 def drive(report: Report, limit: int, seconds: float) -> dict[str, Any]:
-    """The balloon driver, for so long or until it is stopped; tells whatever changes."""
-    with opened() as device, Balloon(device, limit=limit, timeout=PATIENCE) as driver:
-        report(asdict(driver.info))
+    """The balloon driver, for so long or until it is stopped; tells whatever changes. woken: how often the host's interrupt ended its
+    sleep."""
+    with opened() as device, Balloon(device, limit=limit, timeout=PATIENCE, report=2.0) as driver:
+        channel = driver._channel
         end = time.monotonic() + seconds
-        before = driver.info.pages
-        try:
+        before, woken = -1, 0
+        with suppress(SystemExit):
             while time.monotonic() < end:
-                driver.serve(0.5)
+                driver.poll()
                 if driver.info.pages != before:
                     before = driver.info.pages
-                    report(asdict(driver.info))
-        except SystemExit:
-            pass
-        return asdict(driver.info)
+                    report(asdict(driver.info) | {"woken": woken})
+                if not channel.incoming.unmask():
+                    woken += channel.wait(2.0)
+        return asdict(driver.info) | {"woken": woken}
 
 
 def die(report: Report, limit: int) -> int:
