@@ -55,11 +55,11 @@ class Pair:
 @contextmanager
 def balloon_pair(vsp: dict[str, Any] | None = None, **options: Any) -> Iterator[Pair]:
     """vsp: options of the host's end; the others are the driver's."""
+    settings = {"limit": 1 << 16, "pressure": lambda: PLENTY, "report": 3600.0, **options}
     with EmbeddedHost() as host:
         balloon = host.add_balloon(**(vsp or {}))
-        with open_offered(host.attach(balloon)) as device:
-            with Balloon(device, **{"limit": 1 << 16, "pressure": lambda: PLENTY, "report": 3600.0, **options}) as driver:
-                yield Pair(host, balloon, device, driver)
+        with open_offered(host.attach(balloon)) as device, Balloon(device, **settings) as driver:
+            yield Pair(host, balloon, device, driver)
 
 
 @contextmanager

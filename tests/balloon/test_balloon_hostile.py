@@ -139,9 +139,14 @@ def test_pages_are_taken_as_they_were_given():
 
 def driven(answer, use, **options):
     vsp = ScriptedVsp(answer)
-    with nothing_left(objects=False), EmbeddedHost() as host, open_offered(host.attach(vsp)) as device:
-        with Balloon(device, limit=4096, pressure=lambda: PLENTY, report=3600.0, **options) as driver:
-            use(host, vsp, driver)
+    settings = {"limit": 4096, "pressure": lambda: PLENTY, "report": 3600.0, **options}
+    with (
+        nothing_left(objects=False),
+        EmbeddedHost() as host,
+        open_offered(host.attach(vsp)) as device,
+        Balloon(device, **settings) as driver,
+    ):
+        use(host, vsp, driver)
 
 
 def test_a_host_that_says_nothing_is_not_waited_for_for_ever():

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .image import SHARE, initramfs
+from .packages import Tools
 from .process import tail
 from .qmp import Qmp
 from .run import Guest, file_server
@@ -21,6 +22,7 @@ from .run import Guest, file_server
 BALLOON = "hvb"
 _INNER_MODULES = ("hv_vmbus", "hv_balloon", "uio_hv_generic")
 _INNER_MEMORY = "640M"
+_WORDS = "console=ttyS0 panic=-1 mitigations=off"
 _CPU = "host,kvm=off,hv-relaxed,hv-vapic,hv-time,hv-vpindex,hv-synic,hv-stimer,hv-runtime,hv-frequencies"
 """kvm=off: else the guest finds KVM, and no Hyper-V."""
 
@@ -29,7 +31,14 @@ class HyperVGuest(Guest):
     """One boot of both. `inner` is the control socket of the QEMU whose devices are the guest's."""
 
     inner: Qmp
-    boot_seconds = 600.0
+    boot_seconds = 900.0
+    preload = ("vfio_vmbus.drivers.balloon.driver", "vfio_vmbus.bus.uio_device")
+    settings = {"NUMBA_DISABLE_JIT": "1"}
+    """Numba takes minutes to start in here; interpreted kernels check each access to the rings."""
+
+    def __init__(self, tools: Tools, folder: Path) -> None:
+        super().__init__(tools, folder, folder / "no-kernels")
+        (folder / "no-kernels").mkdir()
 
     def console(self, lines: int = 30) -> str:
         return f"{super().console(lines)}\n{tail(self._folder / 'inner.log', lines)}"
@@ -60,7 +69,7 @@ class HyperVGuest(Guest):
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-serial", f"file:{self._folder / 'console.log'}", "-serial", f"file:{self._folder / 'inner.log'}"),
             *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio")),
-            *("-append", "console=ttyS0 panic=-1"),
+            *("-append", _WORDS),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
             *("-device", "virtio-serial-pci,addr=2.0"),
             *("-chardev", f"socket,id=port,path={self._folder / 'port'},server=on,wait=off"),
@@ -75,12 +84,17 @@ class HyperVGuest(Guest):
         return [
             *self._tools.qemu,
             *("-accel", "kvm", "-cpu", _CPU, "-smp", "1", "-m", _INNER_MEMORY),
-            *("-object", f"memory-backend-memfd,id=ram,size={_INNER_MEMORY},share=on", "-machine", "pc,smm=off,memory-backend=ram"),
+            *(
+                "-object",
+                f"memory-backend-memfd,id=ram,size={_INNER_MEMORY},share=on",
+                "-machine",
+                "pc,smm=off,memory-backend=ram",
+            ),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:/dev/ttyS1"),
-            *("-kernel", str(self._tools.kernel), "-initrd", str(image), "-append", "console=ttyS0 panic=-1"),
+            *("-kernel", str(self._tools.kernel), "-initrd", str(image), "-append", _WORDS),
             *("-chardev", "pipe,id=control,path=/dev/vport0p2", "-mon", "chardev=control,mode=control"),
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port"),
             *("-chardev", "pipe,id=port,path=/dev/vport0p1"),
             *("-chardev", f"socket,id=share,path={share}", "-device", f"vhost-user-fs-pci,chardev=share,tag={SHARE}"),
-            *("-device", "vmbus-bridge", "-device", f"hv-balloon,id={BALLOON}"),
+            *("-device", "vmbus-bridge", "-device", f"hv-balloon,id={BALLOON},status-report=on"),
         ]

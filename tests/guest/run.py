@@ -104,6 +104,10 @@ class Guest:
 
     boot_seconds = BOOT_SECONDS
     """What a boot may take on a loaded machine."""
+    preload = PRELOAD
+    """Modules that are imported once, before the first payload."""
+    settings: Mapping[str, str] = {}
+    """More of the agent's environment."""
 
     def __init__(
         self, tools: Tools, folder: Path, kernels: Path, devices: Sequence[str] = (), *, memory: str = "1G", cpus: int = 1
@@ -186,8 +190,9 @@ class Guest:
             "TMPDIR": "/dev/shm",  # everything else is read-only
             "XDG_CACHE_HOME": "/dev/shm/cache",
             **CPU,
+            **self.settings,
         }
-        self._make_image([sys.executable, agent.__file__, str(self._kernels), *PRELOAD], environment)
+        self._make_image([sys.executable, agent.__file__, str(self._kernels), *self.preload], environment)
         share = self._folder / "share"
         files = Program("virtiofsd", file_server(self._tools, share), self._folder / "virtiofsd.log")
         stack.callback(files.end)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from .device import is_uio, uio_device
 
 if TYPE_CHECKING:
     from ..drivers.netvsc.driver import Netvsc
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 DEVICE_HELP = (
     "The card to drive: embedded[:NAME] (of a VMBus host inside this process), "
-    "unix:PATH (of a vfio-user server), vfio:ADDRESS (a PCI device bound to vfio-pci)."
+    "unix:PATH (of a vfio-user server), vfio:ADDRESS (a PCI device bound to vfio-pci), "
+    "vmbus:GUID or uioN (a VMBus card bound to uio_hv_generic: unsafe)."
 )
 PORT_HELP = (
     "Something else on the embedded host's switch (repeat for more): tap:NAME, replay:FILE, capture:FILE, generator[:SIZE], sink."
@@ -32,7 +34,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Stop after so long.", min=0.001)]
 
 
-_WAYS = "take embedded[:NAME], unix:PATH or vfio:ADDRESS"
+_WAYS = "take embedded[:NAME], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Card:
 
 def is_embedded(device: str) -> bool:
     """Is it a card of this process's host? Raises UsageError for what names no card."""
+    if is_uio(device):
+        return False
     kind, separator, rest = device.partition(":")
     if kind not in ("embedded", "unix", "vfio"):
         raise UsageError(f"--device {device}: {_WAYS}")
@@ -65,10 +69,11 @@ def driven_card(
     mac: bytes | None = None,
     promiscuous: bool = False,
     allow_spoofing: bool = False,
+    unsafe: bool = False,
 ) -> Iterator[Card]:
     """Attach a card and drive it; start its host with these ports first, if it is embedded. Raises UsageError for words that make no sense.
 
-    mac, allow_spoofing: of an embedded card. poll: how its host waits.
+    mac, allow_spoofing: of an embedded card. poll: how its host waits. unsafe: was the switch for such devices given?
     """
     embedded = is_embedded(device)
     check_ports(ports or [])
@@ -81,11 +86,13 @@ def driven_card(
 
     with ExitStack() as stack:
         host = _host(stack, poll) if embedded else None
-        if host is not None:
+        if is_uio(device):
+            opened = stack.enter_context(uio_device(device, unsafe=unsafe))
+        elif host is not None:
             attached: Device = host.attach(host.add_nic(_rest(device) or "nic0", mac, allow_spoofing=allow_spoofing))
+            opened = stack.enter_context(open_device(attached, CLASS_NETWORK))
         else:
-            attached = _elsewhere(device)
-        opened = stack.enter_context(open_device(attached, CLASS_NETWORK))
+            opened = stack.enter_context(open_device(_elsewhere(device), CLASS_NETWORK))
         accept = PACKET_TYPE_PROMISCUOUS if promiscuous else DEFAULT_FILTER
         nic = stack.enter_context(Netvsc(opened, mtu=mtu, packet_filter=accept))
         for text in ports or []:

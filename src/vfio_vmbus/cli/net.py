@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .card import Card, DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card, is_embedded
+from .device import UnsafeOption
 from .output import Progress, count, print_json, print_table, progress
 
 app = typer.Typer(help="Drive a VMBus network card from user space.", no_args_is_help=True, rich_markup_mode=None)
@@ -63,6 +64,7 @@ def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> No
 def tap(
     name: Annotated[str, typer.Argument(help="Name of the TAP interface, made if it is not there.")],
     device: DeviceOption = "embedded",
+    unsafe: UnsafeOption = False,
     port: PortOption = None,
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
@@ -80,7 +82,7 @@ def tap(
     embedded = is_embedded(device)
     with progress(_COMPILING) as shown, _stoppable() as stop, ExitStack() as stack:
         own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
-        card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None))
+        card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe))
         interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
         from ..apps.tap import TapBridge
 
@@ -98,6 +100,7 @@ def _frames(counters: Any) -> tuple[int, int]:
 @app.command()
 def fwd(
     device: DeviceOption = "embedded",
+    unsafe: UnsafeOption = False,
     port: PortOption = None,
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
@@ -110,7 +113,11 @@ def fwd(
 
     Example: vfio-vmbus net fwd --port generator:64 --seconds 3
     """
-    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, poll=poll) as card:
+    with (
+        progress(_COMPILING) as shown,
+        _stoppable() as stop,
+        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe) as card,
+    ):
         from ..apps.forward import Forwarder
 
         with Forwarder(card.nic, poll=poll) as forwarder:
@@ -124,6 +131,7 @@ def fwd(
 def capture(
     file: Annotated[Path, typer.Argument(help="pcap file to write.")],
     device: DeviceOption = "embedded",
+    unsafe: UnsafeOption = False,
     port: PortOption = None,
     frames: Annotated[int | None, typer.Option("--count", help="Stop after so many frames.", min=1)] = None,
     snaplen: Annotated[int, typer.Option("--snaplen", help="Bytes kept of a frame.", min=14, max=65535)] = 65535,
@@ -139,7 +147,11 @@ def capture(
     """
     from ..apps.capture import capture as run
 
-    with progress(_COMPILING) as shown, _stoppable() as stop, driven_card(device, port, mtu=mtu, promiscuous=True) as card:
+    with (
+        progress(_COMPILING) as shown,
+        _stoppable() as stop,
+        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe) as card,
+    ):
         start = time.monotonic()
         done = run(
             card.nic,
@@ -158,6 +170,7 @@ def capture(
 def replay(
     file: Annotated[Path, typer.Argument(help="pcap or pcapng file to send.")],
     device: DeviceOption = "embedded",
+    unsafe: UnsafeOption = False,
     port: PortOption = None,
     loops: Annotated[int, typer.Option("--loops", help="Send it so often.", min=1)] = 1,
     recorded_pace: Annotated[bool, typer.Option("--recorded-pace", help="As fast as it was recorded.")] = False,
@@ -172,7 +185,7 @@ def replay(
     """
     from ..apps.replay import replay as run
 
-    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True) as card:
+    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe) as card:
         done = run(
             card.nic,
             file,

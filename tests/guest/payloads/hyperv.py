@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vfio_vmbus.bus import uio, vmbus
 from vfio_vmbus.bus.uio_device import UioDevice
+from vfio_vmbus.channel.device import READ, WRITE
 from vfio_vmbus.drivers.balloon.driver import Balloon
 from vfio_vmbus.errors import VfioVmbusError
+from vfio_vmbus.memory.pinned import _frames
+from vfio_vmbus.wire import dm
 from vfio_vmbus.wire.guids import CLASS_BALLOON
 
 DRIVERS = Path("/sys/bus/vmbus/drivers")
-DEVICES = Path("/sys/bus/vmbus/devices")
 PATIENCE = 60.0
 
 Report = Callable[[Any], None]
+
+
+def balloon_name() -> str:
+    """What the bus calls it."""
+    (name,) = [device.name for device in vmbus.devices() if device.class_guid == str(CLASS_BALLOON)]
+    return name
 
 
 def look(report: Report) -> dict[str, Any]:
@@ -40,12 +51,10 @@ def kernel_log(report: Report) -> str:
 
 def rebind(report: Report, old: str, new: str) -> str | None:
     """Take the balloon from one driver of the kernel's and give it to another, by hand."""
-    (name,) = [device.name for device in vmbus.devices() if device.class_guid == str(CLASS_BALLOON)]
-    if new == "uio_hv_generic" and not (DRIVERS / new / "known").exists():
-        try:
+    name = balloon_name()
+    if new == "uio_hv_generic":
+        with suppress(FileExistsError):
             (DRIVERS / new / "new_id").write_text(str(CLASS_BALLOON))
-        except FileExistsError:
-            pass
     if (DRIVERS / old / name).exists():
         (DRIVERS / old / "unbind").write_text(name)
     if not (DRIVERS / new / name).exists():
@@ -55,7 +64,7 @@ def rebind(report: Report, old: str, new: str) -> str | None:
 
 def describe(report: Report) -> dict[str, Any]:
     """The node that the kernel made."""
-    node = uio.find(str(CLASS_GUID_DEVICE()), wait=PATIENCE)
+    node = uio.find(balloon_name(), wait=PATIENCE)
     return {
         "name": node.name,
         "maps": {name: [each.index, each.size, each.handle] for name, each in node.maps.items()},
@@ -64,13 +73,8 @@ def describe(report: Report) -> dict[str, Any]:
     }
 
 
-def CLASS_GUID_DEVICE() -> str:
-    (name,) = [device.name for device in vmbus.devices() if device.class_guid == str(CLASS_BALLOON)]
-    return name
-
-
 def opened(unsafe: bool = True) -> UioDevice:
-    return UioDevice(uio.find(CLASS_GUID_DEVICE(), wait=PATIENCE), unsafe=unsafe)
+    return UioDevice(uio.find(balloon_name(), wait=PATIENCE), unsafe=unsafe)
 
 
 def refused(report: Report) -> list[str]:
@@ -108,8 +112,6 @@ def shake_hands(report: Report, times: int = 1, without_ring_file: bool = False)
 
 def buffers(report: Report) -> dict[str, Any]:
     """The kernel's shared buffers, if it makes them for this device, and memory of ours whose frames are known."""
-    from vfio_vmbus.channel.device import READ, WRITE
-
     found: dict[str, Any] = {}
     with opened() as device:
         device.open(6)
@@ -128,31 +130,27 @@ def buffers(report: Report) -> dict[str, Any]:
         found["huge"] = [huge.iova % (2 << 20), len(huge.pfns), huge.pfns[-1] - huge.pfns[0], huge.pinned]
         found["small"] = [len(before), small.pinned, min(before) > 0]
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        from vfio_vmbus.memory.pinned import _frames
-
         found["stay"] = _frames(small.mapping) == before
     Path("/proc/sys/vm/nr_hugepages").write_text("0")
     return found
 
 
 def drive(report: Report, limit: int, seconds: float) -> dict[str, Any]:
-    """The balloon driver, for so long or until it is stopped; tells whatever changes."""
-    with opened() as device, Balloon(device, limit=limit, timeout=PATIENCE) as driver:
-        report(asdict(driver.info))
+    """The balloon driver, for so long or until it is stopped; tells whatever changes. woken: how often the host's interrupt ended its
+    sleep."""
+    with opened() as device, Balloon(device, limit=limit, timeout=PATIENCE, report=2.0) as driver:
+        channel = driver._channel
         end = time.monotonic() + seconds
-        before = driver.info.pages
-        slept = 0.0
-        try:
+        before, woken = -1, 0
+        with suppress(SystemExit):
             while time.monotonic() < end:
-                at = time.monotonic()
-                driver.serve(0.5)
-                slept += time.monotonic() - at
+                driver.poll()
                 if driver.info.pages != before:
                     before = driver.info.pages
-                    report(asdict(driver.info))
-        except SystemExit:
-            pass
-        return asdict(driver.info)
+                    report(asdict(driver.info) | {"woken": woken})
+                if not channel.incoming.unmask():
+                    woken += channel.wait(2.0)
+        return asdict(driver.info) | {"woken": woken}
 
 
 def die(report: Report, limit: int) -> int:
@@ -168,3 +166,17 @@ def die(report: Report, limit: int) -> int:
     time.sleep(0.5)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def console(report: Report) -> list[dict[str, Any]]:
+    """`vfio-vmbus console` with a version request typed in; the first two packets."""
+    request = dm.encode_message(dm.VersionRequest(version=dm.VERSION_2)).hex()
+    command = [sys.executable, "-m", "vfio_vmbus", "console", "uio0", "--json", "--enable-unsafe-noiommu-mode"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        try:
+            running.stdin.write(f"{request}\n")
+            return [json.loads(running.stdout.readline()) for _ in range(2)]
+        finally:
+            running.send_signal(signal.SIGINT)
