@@ -134,4 +134,4 @@ def _note_delta(domain: Domain, queue: int) -> None:
     iova = ctypes.c_int64.from_address(queue + QUEUE.fields["pool_iova"][1]).value  # type: ignore[index]
     pool = next(each for each in domain.maps if each.iova <= iova < each.end)
     delta = ctypes.c_int64.from_address(domain.address + DOMAIN.fields["hint"][1])  # type: ignore[index]
-    delta.value = pool.mapping.address - pool.iova
+    delta.value = pool.address - pool.iova

@@ -10,3 +10,10 @@ def test_each_question_is_answered_with_frames_that_passed() -> None:
         assert len(child.shares) == 5
         assert all(0 <= share <= 1.1 for share in child.shares)
     assert child._process.returncode == 0
+
+
+def test_without_isolation_frames_pass_too() -> None:
+    """Which takes a look into the domain."""
+    with Child("open") as child:
+        assert child.mpps("gpa-direct", 1500, seconds=0.3) > 0
+    assert child._process.returncode == 0

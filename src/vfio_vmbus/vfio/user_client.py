@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from errno import EINVAL
+from errno import EBUSY, EINVAL
 from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -346,7 +346,12 @@ def _greet(link: Link) -> Capabilities:
             raise ProtocolError(f"{link.name}: max_data_xfer_size is {capabilities.max_data_xfer_size} bytes, need {LEAST_DATA}")
         return capabilities
 
-    return link.ask(wire.VERSION, encode_version(wire.Version(), _OWN), parse=parse)
+    try:
+        return link.ask(wire.VERSION, encode_version(wire.Version(), _OWN), parse=parse)
+    except RefusedError as error:
+        if error.status == EBUSY:
+            raise RefusedError(f"{link.name}: somebody else has this device: wait for its end (EBUSY)", EBUSY) from error
+        raise
 
 
 def _ask_growing(
