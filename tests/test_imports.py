@@ -9,7 +9,10 @@ import sys
 import pytest
 
 LIGHT = ["vfio_vmbus", "vfio_vmbus.errors", "vfio_vmbus.wire", "vfio_vmbus.vmbus", "vfio_vmbus.apps.lab", "vfio_vmbus.cli.main"]
-LIGHT += ["vfio_vmbus.vfio.kernel", "vfio_vmbus.bus"]
+LIGHT += [
+    "vfio_vmbus.vfio.kernel",
+    *(f"vfio_vmbus.bus.{name}" for name in ("assign", "audit", "doctor", "inventory", "policy", "uevents")),
+]
 
 
 def modules_of(name: str) -> list[str]:

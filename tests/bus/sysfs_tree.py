@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vfio_vmbus.bus.machine import Machine
 from vfio_vmbus.errors import UnavailableError
-from vfio_vmbus.vfio.kernel.nodes import Roots
 
 
 @dataclass(frozen=True)
-class SysfsTree(Roots):
+class SysfsTree(Machine):
     """claims: which devices (vendor, device) a driver takes by itself; vfio-pci takes what is told to it only. refuses: whom it does not
     take even so. written: what was, in order. deaf: paths whose writes the kernel refuses, and how often before it does."""
 
@@ -24,7 +24,7 @@ class SysfsTree(Roots):
 
     @classmethod
     def make(cls, where: Path) -> SysfsTree:
-        tree = cls(where / "sys", where / "dev")
+        tree = cls(*(where / name for name in ("sys", "dev", "proc", "run", "etc", "modules")))
         for folder in ("bus/pci/devices", "bus/pci/drivers", "kernel/iommu_groups"):
             (tree.sysfs / folder).mkdir(parents=True)
         (tree.dev / "vfio").mkdir(parents=True)
@@ -32,7 +32,9 @@ class SysfsTree(Roots):
         return tree
 
     def add_driver(self, name: str, *claims: tuple[int, int]) -> None:
-        (self.sysfs / "bus/pci/drivers" / name).mkdir()
+        folder = self.sysfs / "bus/pci/drivers" / name
+        folder.mkdir()
+        (folder / "unbind").touch()
         self.claims[name] = set(claims)
 
     def add_device(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import INITIAL, RAWIO, machine, process, put
 
+from tests.bus.trees import INITIAL, RAWIO, machine, process, put
 from vfio_vmbus.bus.machine import Machine
 from vfio_vmbus.bus.policy import SWITCH, allow_unsafe, unsafe_uses
 from vfio_vmbus.errors import UnavailableError, UnsafeError
@@ -91,7 +91,7 @@ def test_without_the_capability_nothing_happens(
 def test_where_no_mark_can_be_left_nothing_happens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = prepared(tmp_path)
     put(here.run, "a file where the folder should be")
-    with pytest.raises(UnsafeError, match="must leave a mark, but .* cannot be written"):
+    with pytest.raises(UnsafeError, match=r"must leave a mark, but .* cannot be written"):
         allow_unsafe("eth1", enabled=True, machine=here)
     nothing_happened(here, capsys)
 
@@ -139,12 +139,12 @@ def test_a_mark_goes_with_its_process_however_it_ends(tmp_path: Path) -> None:
     here = prepared(tmp_path)
     script = (
         "import os, sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[2])\n"
-        "from test_policy import WithKernel, machine, allow_unsafe\n"
+        "from tests.bus.test_policy import WithKernel, machine, allow_unsafe\n"
         "os.geteuid = lambda: 0\n"
         "allow_unsafe('eth1', enabled=True, machine=WithKernel(**vars(machine(Path(sys.argv[1])))))\n"
         "print('there', flush=True)\nsys.stdin.read()\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "there\n"

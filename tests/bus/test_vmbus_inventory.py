@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import BALLOON, NETWORK, NIC0, SCSI, link, machine, put, uio_device, vmbus_channel, vmbus_device
 
+from tests.bus.trees import BALLOON, NETWORK, NIC0, SCSI, link, machine, put, uio_device, vmbus_channel, vmbus_device
 from vfio_vmbus.bus import vmbus
 from vfio_vmbus.bus.policy import Isolation
 from vfio_vmbus.wire.guids import CLASS_GUIDS

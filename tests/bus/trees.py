@@ -101,3 +101,31 @@ def uio_device(where: Machine, device: Path, number: int = 0, *, name: str = "hv
     link(where.sysfs / "class/uio" / here.name, here)
     put(where.dev / here.name)
     return here
+
+
+def pci_device(
+    where: Machine,
+    address: str,
+    *,
+    driver: str | None = None,
+    group: int | None = None,
+    command: int = 0x2,
+    ids: str = "1234:11e8",
+) -> Path:
+    """A PCI device. command: the register in its configuration space."""
+    real = where.sysfs / "devices/pci0000:00" / address
+    link(where.sysfs / "bus/pci/devices" / address, real)
+    link(real / "subsystem", where.sysfs / "bus/pci")
+    vendor, _, device = ids.partition(":")
+    put(real / "vendor", f"0x{vendor}\n")
+    put(real / "device", f"0x{device}\n")
+    put(real / "class", "0x00ff00\n")
+    put(real / "driver_override", "(null)\n")
+    put(real / "config", bytes(4) + command.to_bytes(2, "little") + bytes(58))
+    if driver is not None:
+        link(real / "driver", where.sysfs / "bus/pci/drivers" / driver)
+    if group is not None:
+        members = where.sysfs / f"kernel/iommu_groups/{group}/devices"
+        link(members / address, real)
+        link(real / "iommu_group", members.parent)
+    return real

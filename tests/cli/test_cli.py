@@ -61,7 +61,7 @@ def test_help_needs_neither_numba_nor_numpy() -> None:
         (["bogus"], "No such command"),
         (["net", "tap"], "Missing argument"),
         (["bind"], "Missing argument"),
-        (["bind", "nic0"], "'nic0' is no address of a PCI device: take DOMAIN:BUS:DEVICE.FUNCTION"),
+        (["bind", "nic0"], "no device nic0: take an instance GUID"),
         (["bind", "ffff:ff:1f.7"], "no PCI device ffff:ff:1f.7"),
         (["unbind", "ffff:ff:1f.7", "--json"], "no PCI device ffff:ff:1f.7"),
         (["net", "fwd", "--mtu", "5"], "--mtu"),

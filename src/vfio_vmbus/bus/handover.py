@@ -1,15 +1,18 @@
 """Taking a device from its driver, giving it to another one, and putting back what was there: for any bus with driver_override.
 
-By driver_override, which concerns one device only. Where the VMBus of an old kernel (before 4.18) has none, the driver is told the device's class by
-new_id, and made to forget it right after, as it would claim every device of that class. Source: drivers/base/bus.c, drivers/hv/vmbus_drv.c,
-Documentation/ABI/testing/sysfs-bus-pci of Linux 6.12.
+By driver_override, which concerns one device only. Where the VMBus of an old kernel (before 4.18) has none, the driver is told the
+device's class by new_id, and made to forget it right after, as it would claim every device of that class. Source: drivers/base/bus.c,
+drivers/hv/vmbus_drv.c, Documentation/ABI/testing/sysfs-bus-pci of Linux 6.12.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from ..vfio.kernel.nodes import Roots
 from .records import Binding, Record
 
 _NO_OVERRIDE = "\n"
+_PATIENCE = 10
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ def check_driver(seat: Seat, driver: str) -> None:
     if not driver or "/" in driver or driver in (".", "..") or not driver.isprintable():
         raise UsageError(f"{driver!r} is no name of a driver: take one as vfio-pci")
     if not seat.driver_folder(driver).is_dir():
-        raise UnavailableError(f"the kernel has no {seat.bus.upper().replace('VMBUS', 'VMBus')} driver {driver} loaded: modprobe {driver}")
+        raise UnavailableError(
+            f"the kernel has no {seat.bus.upper().replace('VMBUS', 'VMBus')} driver {driver} loaded: modprobe {driver}"
+        )
 
 
 def check_writable(seat: Seat, driver: str | None) -> None:
@@ -99,10 +106,49 @@ def check_writable(seat: Seat, driver: str | None) -> None:
             raise UnavailableError(f"{path} {what}: run as root, on a machine (or container) whose /sys is writable")
 
 
+def check_back(seat: Seat, binding: Binding) -> None:
+    """Can the device have again what it had? Raises UnavailableError."""
+    before = binding.driver_before
+    if before is not None and not seat.driver_folder(before).is_dir():
+        raise UnavailableError(f"{seat.name} had driver {before} before, which is not loaded: modprobe {before}")
+    check_writable(seat, before)
+
+
+@contextmanager
+def alone(seat: Seat) -> Iterator[None]:
+    """Nobody else binds devices of this bus with this program meanwhile. Raises UnavailableError: not root, or somebody does, for 10 s.
+
+    The lock is on a file that root alone can open, so that nobody else can hold it.
+    """
+    try:
+        handle = os.open(seat.probe, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnavailableError(f"{seat.probe} cannot be written by uid {os.geteuid()} ({error.strerror}): run as root") from error
+    try:
+        end = time.monotonic() + _PATIENCE
+        while not _locked(handle):
+            if time.monotonic() > end:
+                raise UnavailableError(
+                    f"another process is binding devices, since {_PATIENCE} s: see what it waits for, then try again"
+                )
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def hand_over(seat: Seat, driver: str, state: Path | None) -> Binding:
     """Give the device to `driver`, remembering what was there first. Raises UnavailableError, everything being as before then."""
     record = Record(seat.name, state)
-    with record.alone():
+    with alone(seat):
         earlier = record.read()
         if seat.driver() == driver and earlier is None:
             return Binding(seat.name, driver, driver, seat.override(), seat.bus)
@@ -118,30 +164,29 @@ def hand_over(seat: Seat, driver: str, state: Path | None) -> Binding:
             _give(seat, driver, driver)
             now = seat.driver()
             if now != driver:
-                raise UnavailableError(f"{driver} does not take {seat.label}: it has {now or 'no driver'} now (see the kernel's log)")
+                raise UnavailableError(
+                    f"{driver} does not take {seat.label}: it has {now or 'no driver'} now (see the kernel's log)"
+                )
         except UnavailableError as error:
             raise _put_back_after(error, seat, made, record) from error
     return made
 
 
 def give_back(seat: Seat, state: Path | None) -> Binding:
-    """Put back what the device had. Raises UsageError for one that was not bound here, UnavailableError if its driver does not take it back."""
+    """Put back what the device had. Raises UsageError for one that was not bound here, UnavailableError if its driver does not
+    take it back."""
     record = Record(seat.name, state)
-    if not record.path.exists():
-        raise UsageError(f"{seat.name} was not bound here: {record.path} is not there; it has {seat.driver() or 'no driver'}")
-    with record.alone():
+    with alone(seat):
         binding = record.read()
         if binding is None:
-            raise UnavailableError(f"another process has put {seat.name} back: it has {seat.driver() or 'no driver'} now")
-        if binding.driver_before is not None and not seat.driver_folder(binding.driver_before).is_dir():
-            before = binding.driver_before
-            raise UnavailableError(f"{seat.name} had driver {before} before, which is not loaded: modprobe {before}")
-        check_writable(seat, binding.driver_before)
+            raise UsageError(f"{seat.name} was not bound here: {record.path} is not there; it has {seat.driver() or 'no driver'}")
+        check_back(seat, binding)
         _restore(seat, binding, record)
     now = seat.driver()
     if now != binding.driver_before:
+        before = binding.driver_before or "none"
         raise UnavailableError(
-            f"{seat.name} had driver {binding.driver_before or 'none'} before, and has {now or 'none'} now: see the kernel's log"
+            f"{seat.name} had driver {before} before, and has {now or 'none'} now: is it loaded (modprobe {before})?"
         )
     return binding
 
@@ -159,7 +204,7 @@ def _put_back_after(error: UnavailableError, seat: Seat, made: Binding, record: 
 
 def _restore(seat: Seat, binding: Binding, record: Record) -> None:
     """Put back what was there. The earlier driver is named for the probe, as others might claim the device as well."""
-    _give(seat, binding.driver_before, binding.override_before or binding.driver_before)
+    _give(seat, binding.driver_before, binding.driver_before or binding.override_before)
     if seat.can_override:
         seat.roots.write(seat.folder / "driver_override", binding.override_before or _NO_OVERRIDE)
     record.remove()
@@ -203,11 +248,17 @@ def _teach_and_give(seat: Seat, driver: str, class_guid: str) -> None:
     idle = seat.others_without_driver()
     seat.roots.write(folder / "new_id", class_guid)
     try:
-        for name in idle:
-            if seat.driver(name) == driver:
-                seat.roots.write(folder / "unbind", name)
+        _let_go(seat, driver, idle)
         if seat.driver() is None:
             seat.roots.write(folder / "bind", seat.name)
     finally:
         with suppress(UnavailableError):  # before 4.15 a driver cannot forget
             seat.roots.write(folder / "remove_id", class_guid)
+        with suppress(UnavailableError):  # the error that led here says more
+            _let_go(seat, driver, idle)
+
+
+def _let_go(seat: Seat, driver: str, others: list[str]) -> None:
+    for name in others:
+        if seat.driver(name) == driver:
+            seat.roots.write(seat.driver_folder(driver) / "unbind", name)

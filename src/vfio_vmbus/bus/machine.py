@@ -58,10 +58,14 @@ class Machine(Roots):
 
     def text(self, path: Path, limit: int = FILE_LIMIT) -> str:
         """The file's text, "" for one that cannot be read; cut off at `limit` bytes, undecodable bytes replaced."""
+        return self.data(path, limit).decode(errors="replace")
+
+    def data(self, path: Path, limit: int) -> bytes:
+        """The file's first bytes; none of one that cannot be read."""
         try:
-            return _read(path, limit).decode(errors="replace")
+            return _read(path, limit)
         except OSError:
-            return ""
+            return b""
 
     def number(self, path: Path, base: int = 10) -> int | None:
         """The number in an attribute, None for anything else."""
@@ -99,7 +103,8 @@ def make_state_folder(folder: Path) -> None:
 
 
 def number(text: str | None, base: int = 10) -> int | None:
-    """ "17" is 17, "0x1414" with base 16 too, and anything else None: also what int() alone would take, as "1_0" or other scripts' digits."""
+    """ "17" is 17, "0x1414" with base 16 too, and anything else None: also what int() alone would take, as "1_0" or other
+    scripts' digits."""
     if text is None or len(text) > 20 or not text.isascii() or "_" in text:
         return None
     try:

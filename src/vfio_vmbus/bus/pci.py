@@ -5,10 +5,13 @@ Source: Documentation/ABI/testing/sysfs-bus-pci of Linux 6.12.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import LocalError
 from ..vfio.kernel.nodes import Roots, full_address
+from .machine import Machine, number
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ def look(address: str, roots: Roots = Roots()) -> PciDevice:  # noqa: B008  (fro
     override = _text(folder / "driver_override")
     return PciDevice(
         address=address,
-        vendor=int(_text(folder / "vendor") or "0", 16),
-        device=int(_text(folder / "device") or "0", 16),
-        class_code=int(_text(folder / "class") or "0", 16),
+        vendor=number(_text(folder / "vendor"), 16) or 0,
+        device=number(_text(folder / "device"), 16) or 0,
+        class_code=number(_text(folder / "class"), 16) or 0,
         driver=roots.driver(address),
         override=override if override not in ("", "(null)") else None,
         group=group,
@@ -52,9 +55,13 @@ def look(address: str, roots: Roots = Roots()) -> PciDevice:  # noqa: B008  (fro
 
 
 def devices(roots: Roots = Roots()) -> list[PciDevice]:  # noqa: B008  (frozen)
-    """All of them, by address."""
-    return [look(address, roots) for address in roots.addresses()]
+    """All of them, by address. One that vanishes meanwhile is left out, as is a folder that is not named as a device."""
+    found = []
+    for address in roots.addresses():
+        with suppress(LocalError):
+            found.append(look(address, roots))
+    return found
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
+    return Machine().find(path).text or ""

@@ -57,9 +57,9 @@ class UnsafeUse:
 def allow_unsafe(what: str, *, enabled: bool, machine: Machine = Machine()) -> UnsafeUse:  # noqa: B008  (frozen)
     """Every unsafe way passes here before it touches anything; `what` names it, as "uio_hv_generic of network card eth1".
 
-    enabled: was SWITCH given? Warns on stderr and in the kernel's log, taints the kernel where this process may, and leaves a mark that stays as
-    long as the process lives, as does the taint: closing the device does not make undone what was done. Raises UnsafeError, naming the
-    one condition that is missing.
+    enabled: was SWITCH given? Warns on stderr and in the kernel's log, taints the kernel where this process may, and leaves a mark that
+    stays as long as the process lives, as does the taint: closing the device does not make undone what was done. Raises UnsafeError,
+    naming the one condition that is missing.
     """
     what = " ".join(what.split())
     if not enabled:

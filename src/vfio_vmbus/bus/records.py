@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,23 +32,6 @@ class Record:
 
     def __init__(self, name: str, state: Path | None) -> None:
         self.path = (state or state_folder()) / f"bound-{name}.json"
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else binds this device meanwhile. Raises UnavailableError if somebody does, or if the folder cannot be written."""
-        try:
-            make_state_folder(self.path.parent)
-            handle = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UnavailableError(f"another process is binding or unbinding this device ({self.path}): try again") from error
-            yield
-        finally:
-            os.close(handle)
 
     def read(self) -> Binding | None:
         """None: the device was not bound here. Raises UnavailableError for what is no record."""

@@ -1,7 +1,8 @@
 """VMBus devices as the kernel's sysfs shows them, on kernels old and new.
 
-Source: Documentation/ABI/stable/sysfs-bus-vmbus, drivers/hv/vmbus_drv.c and drivers/uio/uio_hv_generic.c of Linux 6.12. Works unprivileged: all that is
-read is readable by everyone. An attribute that cannot be understood is listed in `problems`, and the rest is shown all the same.
+Source: Documentation/ABI/stable/sysfs-bus-vmbus, drivers/hv/vmbus_drv.c and drivers/uio/uio_hv_generic.c of Linux 6.12. Works
+unprivileged: all that is read is readable by everyone. An attribute that cannot be understood is listed in `problems`, and the rest is
+shown all the same.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _FUNCTIONS: Final = "pci[0-9a-f]*:*/*:*:*.*"
 class SysfsChannel:
     """A channel: relid (its number), sub-channel index, cpu that it interrupts.
 
-    out_masked, in_masked: is the interrupt of whoever reads that ring masked? None while the channel is closed. read_bytes, write_bytes: what lies in the ring
-    from the host, what is free in the ring to it. interrupts, signals: so many came, so many were sent. monitor: its number, None if it signals by hypercall.
-    ring_file: is there a `ring` file to map, as uio_hv_generic makes it?
+    out_masked, in_masked: is the interrupt of whoever reads that ring masked? None while the channel is closed. read_bytes, write_bytes:
+    what lies in the ring from the host, what is free in the ring to it. interrupts, signals: so many came, so many were sent. monitor:
+    its number, None if it signals by hypercall. ring_file: is there a `ring` file to map, as uio_hv_generic makes it?
     """
 
     relid: int
@@ -56,8 +57,8 @@ class SysfsChannel:
 class SysfsDevice:
     """A VMBus device: `name` is its folder's (on new kernels the instance GUID), the rest what its files say; None: they do not say it.
 
-    ring_out, ring_in: bytes of the primary channel's rings, each with its control page. isolation: None while nobody drives it. problems: attributes that
-    cannot be understood, and why.
+    ring_out, ring_in: bytes of the primary channel's rings, each with its control page. isolation: None while nobody drives it. problems:
+    attributes that cannot be understood, and why.
     """
 
     name: str

@@ -1,48 +1,89 @@
-"""`vfio-vmbus bind` and `unbind`: which driver has a PCI device."""
+"""`vfio-vmbus bind` and `unbind`: who drives a device."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .card import JsonOption
 from .output import print_json
 
-AddressArgument = Annotated[str, typer.Argument(help="The device: 0000:00:04.0, or 00:04.0.", metavar="ADDRESS")]
+if TYPE_CHECKING:
+    from ..bus.assign import Assigned
+
+DeviceArgument = Annotated[
+    str,
+    typer.Argument(help="Instance GUID, VMBus device, network interface, disk, or PCI address (00:04.0).", metavar="DEVICE"),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Even if it carries the default route or the login, is mounted or open.")
+]
 
 
 def bind(
-    address: AddressArgument,
-    driver: Annotated[str, typer.Option("--driver", help="Who is to have it.", metavar="NAME")] = "vfio-pci",
+    device: DeviceArgument,
+    driver: Annotated[
+        str | None,
+        typer.Option("--driver", help="Who is to have it: uio_hv_generic, vfio-pci, uio_pci_generic, igb_uio.", metavar="NAME"),
+    ] = None,
+    force: ForceOption = False,
+    persist: Annotated[
+        bool, typer.Option("--persist", help="After a reboot, too: by driverctl, or a udev rule to install.")
+    ] = False,
+    unsafe: Annotated[
+        bool, typer.Option("--enable-unsafe-noiommu-mode", help="vfio-pci without an IOMMU: the device reaches all memory.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Give a PCI device to vfio-pci.
+    """Give a device to a driver of user space.
 
-    Its driver is unbound first. What it had is remembered, for unbind.
+    A VMBus device to uio_hv_generic (unsafe: see docs/unsafe.md), a PCI device to vfio-pci, if nothing else is said. What it had is
+    remembered for unbind. Whatever fails, it has again what it had.
 
-    Example: vfio-vmbus bind 0000:00:04.0
+    Example: vfio-vmbus bind eth1 --driver uio_hv_generic
     """
-    from ..bus import binding
+    from ..bus.assign import assign
 
-    _say(binding.bind(address, driver), as_json, after=True)
+    done = assign(device, driver, force=force, lasting=persist, unsafe=unsafe)
+    _say(done, done.binding.driver, done.binding.driver_before, as_json)
+    if done.persistence is not None and done.persistence.rule is not None and not as_json:
+        print(f"driverctl is not installed. To keep this after a reboot, put the next lines into {done.persistence.file}:")
+        print(done.persistence.rule, end="")
+    if done.isolation == "unsafe":
+        print(f"vfio-vmbus: WARNING: {device} is unsafe with {done.binding.driver}: {done.why}", file=sys.stderr)
 
 
-def unbind(address: AddressArgument, as_json: JsonOption = False) -> None:
-    """Give a PCI device back to the driver that it had before bind.
+def unbind(device: DeviceArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
+    """Give a device back to the driver that it had before bind.
+
+    What --persist saved with driverctl is forgotten.
 
     Example: vfio-vmbus unbind 0000:00:04.0
     """
-    from ..bus import binding
+    from ..bus.assign import give_back
 
-    _say(binding.unbind(address), as_json, after=False)
+    done = give_back(device, force=force)
+    _say(done, done.binding.driver_before, done.binding.driver, as_json)
+    if done.persistence is not None and done.persistence.by == "udev":
+        print(f"vfio-vmbus: {done.persistence.file} will bind it again at the next start: remove it", file=sys.stderr)
 
 
-def _say(made: Any, as_json: bool, *, after: bool) -> None:
-    before, now = made.driver_before, made.driver
-    if not after:
-        before, now = now, before
-    if as_json:
-        print_json({"address": made.address, "driver": now, "before": before})
-    else:
-        print(f"{made.address}: {now or 'no driver'} (before: {before or 'none'})")
+def _say(done: Assigned, now: str | None, before: str | None, as_json: bool) -> None:
+    if not as_json:
+        nodes = f", {' '.join(done.nodes)}" if done.nodes else ""
+        print(f"{done.target.name}: {now or 'no driver'} (before: {before or 'none'}){nodes}")
+        return
+    said: dict[str, Any] = {
+        "address": done.target.name,
+        "bus": done.target.bus,
+        "driver": now,
+        "before": before,
+        "isolation": done.isolation,
+        "why": done.why,
+        "nodes": done.nodes,
+    }
+    if done.persistence is not None:
+        said["persist"] = {"by": done.persistence.by, "file": str(done.persistence.file), "rule": done.persistence.rule}
+    print_json(said)

@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import UnavailableError, UsageError, VfioVmbusError
-from . import balloon, binding, console, demo, listing, net, serve
+from . import audit, balloon, binding, console, demo, doctor, listing, net, serve
 
 app = typer.Typer(
     name="vfio-vmbus",
@@ -33,6 +33,8 @@ app.command("console")(console.console)
 app.command("balloon")(balloon.balloon)
 app.command("bind")(binding.bind)
 app.command("unbind")(binding.unbind)
+app.command("audit")(audit.audit)
+app.command("doctor")(doctor.doctor)
 app.add_typer(net.app, name="net")
 
 
