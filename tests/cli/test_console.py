@@ -16,14 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfio_vmbus.cli.console import parse_line
+from vfio_vmbus.channel.offered import open_offered
+from vfio_vmbus.cli.console import Console, parse_line
 from vfio_vmbus.errors import UsageError
+from vfio_vmbus.host.embedded import EmbeddedHost
+from vfio_vmbus.testing.scripted import ScriptedBuffer
 from vfio_vmbus.wire import dm, nvsp
 from vfio_vmbus.wire.describe import describe, describe_rndis
 from vfio_vmbus.wire.gpa import page_range
 from vfio_vmbus.wire.guids import CLASS_BALLOON, CLASS_NETWORK, CLASS_SCSI
 from vfio_vmbus.wire.ring import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_INBAND, PACKET_XFER_PAGES, Packet, TransferRange
-from vfio_vmbus.wire.rndis import InitializeRequest, encode_message
+from vfio_vmbus.wire.rndis import IndicateStatus, InitializeRequest, encode_message
 from vfio_vmbus.wire.table import Side
 
 COMMAND = [sys.executable, "-m", "vfio_vmbus"]
@@ -132,6 +135,28 @@ def test_rndis_is_described_where_it_lies() -> None:
     name, fields = describe_rndis(encode_message(InitializeRequest(request_id=3)), Side.GUEST)
     assert (name, fields["request_id"]) == ("InitializeRequest", 3)
     assert describe_rndis(b"\0" * 20, Side.GUEST) == ("", {})
+
+
+def test_rndis_messages_in_the_receive_buffer_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    message = encode_message(IndicateStatus(status=0x4001000B))
+    with EmbeddedHost() as host, open_offered(host.attach(host.add_nic())) as device:
+        channel = device.open(4)
+        buffer = ScriptedBuffer(7, 8192)
+        buffer.mapping.write(4096, message)
+        ranges = [(len(message), 4096), (64, 0), (64, 8160), (0xFFFFFFFF, 0xFFFFFFFF)]
+        packet = Packet(
+            packet_type=PACKET_XFER_PAGES,
+            pageset_id=0xCAFE,
+            ranges=tuple(TransferRange(byte_count=size, byte_offset=offset) for size, offset in ranges),
+        )
+        for as_json in (True, False):
+            Console(device, channel, as_json, buffer)._show(packet, Side.HOST)
+        buffer.close()
+    first, *lines = capsys.readouterr().out.splitlines()
+    found = json.loads(first)["transfers"]
+    assert (found[0]["protocol"], found[0]["message"], found[0]["fields"]["status"]) == ("RNDIS", "IndicateStatus", 0x4001000B)
+    assert found[1:] == [{}, {}, {}]
+    assert sum("RNDIS IndicateStatus" in line for line in lines) == 1
 
 
 @given(

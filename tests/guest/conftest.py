@@ -13,6 +13,7 @@ from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
+from .nested import HyperVGuest
 from .packages import CACHE, Tools, tools
 from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
 from .server import Server
@@ -64,5 +65,13 @@ def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rig-")))
         guest = stack.enter_context(Guest(programs, folder, kernels, [*devices, *nvme_device(folder), *bridged_devices()]))
         guest_server.event("attached")
+        print(guest.hello)
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def hyperv(programs: Tools) -> Iterator[HyperVGuest]:
+    """A guest on Hyper-V that has booted, its balloon driven by hv_balloon; whose tests leave it so."""
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, HyperVGuest(programs, Path(folder)) as guest:
         print(guest.hello)
         yield guest

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,20 +12,11 @@ from vfio_vmbus.wire.guids import CLASS_BALLOON
 
 from .conftest import PAYLOADS
 from .nested import HyperVGuest
-from .packages import Tools
 from .process import RigError
 
 HYPERV = PAYLOADS / "hyperv.py"
 SLOW = 600.0
 """Seconds that a payload may take: two emulated machines, one in the other, on a loaded one."""
-
-
-@pytest.fixture(scope="module")
-def hyperv(programs: Tools) -> Iterator[HyperVGuest]:
-    """One boot for all of these tests, which go on where the one before left off."""
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, HyperVGuest(programs, Path(folder)) as guest:
-        print(guest.hello)
-        yield guest
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +118,14 @@ def test_the_host_asks_for_memory_and_gives_it_back(bound: HyperVGuest) -> None:
     while (returned := driver.report(SLOW))["pages"]:
         assert returned["pages"] < given["pages"]
     wait(lambda: actual(bound) == whole)
+    report = bound.inner.command("query-hv-balloon-status-report")
+    assert 0 < report["available"] < whole
+    assert report["committed"] > 0
     driver.stop()
     last = driver.result(SLOW)
     assert (last["pages"], last["given"], last["returned"]) == (0, given["pages"], given["pages"])
     assert last["woken"] >= 2
     assert last["reports"] >= 2
-    report = bound.inner.command("query-hv-balloon-status-report")
-    assert 0 < report["available"] < whole
-    assert report["committed"] > 0
 
 
 def actual(guest: HyperVGuest) -> int:

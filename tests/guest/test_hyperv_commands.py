@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .conftest import PAYLOADS
-from .kernels import compiled
 from .nested import HyperVGuest
-from .packages import CACHE, Tools
 
 COMMANDS = PAYLOADS / "hyperv_commands.py"
 PATIENCE = 600.0
@@ -20,18 +15,9 @@ PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")
-def on_hyperv(programs: Tools) -> Iterator[HyperVGuest]:
-    with (
-        tempfile.TemporaryDirectory(prefix="rig-") as folder,
-        HyperVGuest(programs, Path(folder), compiled(CACHE / "kernels")) as guest,
-    ):
-        yield guest
-
-
-@pytest.fixture(scope="module")
-def commands(on_hyperv: HyperVGuest) -> dict[str, Any]:
+def commands(hyperv: HyperVGuest) -> dict[str, Any]:
     """What every command said, in one go there and back."""
-    return on_hyperv.run(COMMANDS, "commands", timeout=PATIENCE)
+    return hyperv.run(COMMANDS, "commands", timeout=PATIENCE)
 
 
 def device(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -79,8 +65,8 @@ def test_audit_finds_it_and_who_has_it(commands: dict[str, Any]) -> None:
     assert said["audit before"]["said"]["devices"] == said["audit after"]["said"]["devices"] == []
 
 
-def test_a_kernel_without_override_is_served_by_class(on_hyperv: HyperVGuest) -> None:
-    assert on_hyperv.run(COMMANDS, "by_class", timeout=PATIENCE) == {
+def test_a_kernel_without_override_is_served_by_class(hyperv: HyperVGuest) -> None:
+    assert hyperv.run(COMMANDS, "by_class", timeout=PATIENCE) == {
         "before": "hv_balloon",
         "bound": "uio_hv_generic",
         "back": "hv_balloon",
@@ -88,8 +74,8 @@ def test_a_kernel_without_override_is_served_by_class(on_hyperv: HyperVGuest) ->
     }
 
 
-def test_another_user_sees_what_is_readable_and_changes_nothing(on_hyperv: HyperVGuest) -> None:
-    said = on_hyperv.run(COMMANDS, "unprivileged", timeout=PATIENCE)
+def test_another_user_sees_what_is_readable_and_changes_nothing(hyperv: HyperVGuest) -> None:
+    said = hyperv.run(COMMANDS, "unprivileged", timeout=PATIENCE)
     assert said["list"]["status"] == 0
     assert [row["problems"] for row in said["list"]["said"]] == [{}] * len(said["list"]["said"])
     assert (said["bind"]["status"], said["driver"]) == (2, "hv_balloon")
@@ -98,9 +84,9 @@ def test_another_user_sees_what_is_readable_and_changes_nothing(on_hyperv: Hyper
     assert "needs CAP_SYS_RAWIO" in said["refused"]
 
 
-def test_the_door_to_unsafe_ways(on_hyperv: HyperVGuest) -> None:
+def test_the_door_to_unsafe_ways(hyperv: HyperVGuest) -> None:
     """Last, as the taint stays."""
-    said = on_hyperv.run(COMMANDS, "policy", timeout=PATIENCE)
+    said = hyperv.run(COMMANDS, "policy", timeout=PATIENCE)
     assert "only with --enable-unsafe-noiommu-mode" in said["refused"]
     before, between, after = said["taint"]
     assert (between, after) == (before, before | 64)

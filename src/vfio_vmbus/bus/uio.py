@@ -1,7 +1,7 @@
 """A VMBus device that uio_hv_generic has: its node in /dev, and what of it can be mapped.
 
 Source: drivers/uio/uio_hv_generic.c and drivers/uio/uio.c of Linux 6.12, Documentation/driver-api/uio-howto.rst. Map 0 is both rings of the
-primary channel; the receive and send buffer's GPADL handles stand in the names of maps 3 and 4 ("recv:7"), and kernels from 6.18 on
+primary channel; the receive and send buffer's GPADL handles stand in the names of maps 3 and 4 ("recv:7"), and newer kernels
 make these two for network cards alone.
 """
 

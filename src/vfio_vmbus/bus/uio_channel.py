@@ -91,7 +91,7 @@ class UioChannel(Channel):
                 raise UnavailableError(f"{self._node.ring_file(self.relid)}: {error.strerror}: run as root") from error
             else:
                 stack.callback(os.close, file)
-                # sysfs gives every ring file one size on kernels before 6.18; the node's map knows the primary channel's
+                # 6.12 gives every ring file one size, whatever the rings have; the node's map knows the primary channel's
                 rings = Piece(file, 0, whole.size if primary and whole else os.fstat(file).st_size)
             if rings.size % (2 * PAGE) or not 4 * PAGE <= rings.size <= MAX_RING_BYTES:
                 raise ProtocolError(

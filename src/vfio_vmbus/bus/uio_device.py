@@ -112,7 +112,8 @@ class UioDevice(VmbusDevice):
     def share(self, size: int, access: int, name: str) -> SharedBuffer:
         """The receive buffer where `access` has WRITE, else the send buffer, whole, whatever `size` is asked for.
 
-        Raises RefusedError when the kernel has made none (from 6.18 on: for network cards only), or it is in use; UsageError before `open`.
+        Raises RefusedError when the kernel has made none (newer ones than 6.12 do for network cards only), or it is in use,
+        UsageError before `open`.
         """
         if size <= 0:
             raise UsageError(f"{name} of {size} bytes: take one at least")

@@ -36,13 +36,17 @@ def balloon(
     """
     from ..drivers.balloon.driver import Balloon
 
-    with progress("starting") as shown, _stoppable() as stop, opened_device(device, unsafe=unsafe, default="balloon") as opened:
-        with Balloon(opened, limit=limit * _PAGES_PER_MIB) as driver:
-            end = None if seconds is None else time.monotonic() + seconds
-            while not stop.is_set() and (end is None or time.monotonic() < end):
-                driver.serve(0.5 if end is None else min(0.5, max(0.0, end - time.monotonic())))
-                shown.say(f"the host has {count(driver.info.pages)} pages; Ctrl-C ends")
-            result = asdict(driver.info)
+    with (
+        progress("starting") as shown,
+        _stoppable() as stop,
+        opened_device(device, unsafe=unsafe, default="balloon") as opened,
+        Balloon(opened, limit=limit * _PAGES_PER_MIB) as driver,
+    ):
+        end = None if seconds is None else time.monotonic() + seconds
+        while not stop.is_set() and (end is None or time.monotonic() < end):
+            driver.serve(0.5 if end is None else min(0.5, max(0.0, end - time.monotonic())))
+            shown.say(f"the host has {count(driver.info.pages)} pages; Ctrl-C ends")
+        result = asdict(driver.info)
     if as_json:
         print_json(result)
     else:

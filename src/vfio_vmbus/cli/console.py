@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -19,8 +20,9 @@ from .card import SecondsOption
 from .device import AnyDeviceArgument, UnsafeOption, opened_device
 
 if TYPE_CHECKING:
-    from ..channel.device import Channel, VmbusDevice
+    from ..channel.device import Channel, SharedBuffer, VmbusDevice
     from ..wire.ring import Packet
+    from ..wire.table import Side
 
 _DUMP = 16
 _LONGEST_LINE = 1 << 20
@@ -30,6 +32,10 @@ def console(
     device: AnyDeviceArgument,
     unsafe: UnsafeOption = False,
     ring_pages: Annotated[int, typer.Option("--ring-pages", help="Of each ring, where we make them.", min=2, max=4095)] = 16,
+    receive_buffer: Annotated[
+        int,
+        typer.Option("--receive-buffer", help="Share so many KiB first, and decode the RNDIS messages that come there.", min=0),
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a packet.")] = False,
     seconds: SecondsOption = None,
 ) -> None:
@@ -44,9 +50,14 @@ def console(
 
     Example: echo 01001000010000000000020000000000 | vfio-vmbus console embedded:balloon --seconds 1
     """
+    from ..channel.device import WRITE
+
     with opened_device(device, unsafe=unsafe) as opened, _stoppable() as stop:
         channel = opened.open(ring_pages)
-        Console(opened, channel, as_json).run(seconds, stop)
+        buffer = opened.share(receive_buffer << 10, WRITE, "receive") if receive_buffer else None
+        if buffer is not None:
+            print(f"receive buffer: GPADL {buffer.handle:#x}, {buffer.size} bytes", file=sys.stderr, flush=True)
+        Console(opened, channel, as_json, buffer).run(seconds, stop)
 
 
 @contextmanager
@@ -67,8 +78,9 @@ def _stoppable() -> Iterator[int]:
 class Console:
     """A channel, a keyboard and a screen."""
 
-    def __init__(self, device: VmbusDevice, channel: Channel, as_json: bool) -> None:
+    def __init__(self, device: VmbusDevice, channel: Channel, as_json: bool, buffer: SharedBuffer | None = None) -> None:
         self._device = device
+        self._buffer = buffer
         self._channel = channel
         self._json = as_json
         self._started = time.monotonic()
@@ -132,10 +144,23 @@ class Console:
         self._transaction = max(self._transaction, packet.transaction_id)
         self._show(packet, Side.GUEST)
 
-    def _show(self, packet: Packet, sender: Any) -> None:
+    def _transfer(self, place: dict[str, int]) -> dict[str, Any]:
+        """The RNDIS message in a part of the receive buffer, as far as there is one."""
+        from ..wire.describe import describe_rndis
+        from ..wire.table import Side
+
+        offset, size = place["offset"], place["bytes"]
+        if self._buffer is None or offset + size > self._buffer.size:
+            return {}
+        name, fields = describe_rndis(ctypes.string_at(self._buffer.address + offset, size), Side.HOST)
+        return {"protocol": "RNDIS", "message": name, "fields": fields} if name else {}
+
+    def _show(self, packet: Packet, sender: Side) -> None:
         from ..wire.describe import describe
+        from ..wire.table import Side
 
         found = asdict(describe(packet, self._device.class_guid, sender))
+        found["transfers"] = [self._transfer(each) for each in found["ranges"]] if sender is Side.HOST else []
         seconds = round(time.monotonic() - self._started, 6)
         if self._json:
             import msgspec
@@ -155,8 +180,13 @@ def _lines(seconds: float, found: dict[str, Any]) -> Iterator[str]:
         yield "             " + ", ".join(f"{name}={value}" for name, value in found["fields"].items())
     for each in found["pages"]:
         yield f"             {each['bytes']} bytes at {each['offset']} of pages {', '.join(map(hex, each['pages'][:8]))}"
-    for each in found["ranges"]:
+    for number, each in enumerate(found["ranges"]):
         yield f"             {each['bytes']} bytes at {each['offset']} of page set {found['pageset']:#x}"
+        if number < len(found["transfers"]) and found["transfers"][number]:
+            rndis = found["transfers"][number]
+            yield f"             RNDIS {rndis['message']} " + ", ".join(
+                f"{name}={value}" for name, value in rndis["fields"].items()
+            )
     if not found["message"]:
         for at in range(0, len(found["payload"]), _DUMP):
             part = found["payload"][at : at + _DUMP]
