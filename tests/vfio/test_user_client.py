@@ -157,7 +157,7 @@ def test_it_says_where_it_is(folder: Path, left: UserDevice) -> None:
 
 
 def test_one_client_at_a_time(folder: Path, left: UserDevice) -> None:
-    with nothing_left(objects=False), pytest.raises(RefusedError, match="somebody else has this device.*EBUSY"):
+    with nothing_left(objects=False), pytest.raises(RefusedError, match=r"somebody else has this device.*EBUSY"):
         UserDevice(folder / "left", timeout=PATIENCE)
     assert left.region(BAR0_REGION).read32(reg.REG_MAGIC) == reg.MAGIC
 

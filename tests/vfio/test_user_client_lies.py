@@ -449,7 +449,7 @@ def test_versions_of_other_servers(payload: bytes) -> None:
 
 def test_a_server_that_does_not_want_us() -> None:
     lies = {wire.VERSION: lambda server, asked: server.send(asked.error(errno.EBUSY))}
-    with lying(lies) as (sock, _), pytest.raises(RefusedError, match="somebody else has this device.*EBUSY") as raised:
+    with lying(lies) as (sock, _), pytest.raises(RefusedError, match=r"somebody else has this device.*EBUSY") as raised:
         UserDevice(sock, timeout=PATIENCE)
     assert raised.value.status == errno.EBUSY
 
