@@ -69,9 +69,11 @@ def guest(programs: Tools, guest_server: Server) -> Iterator[Guest]:
         yield guest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hyperv(programs: Tools) -> Iterator[HyperVGuest]:
-    """A guest on Hyper-V that has booted, its balloon driven by hv_balloon; whose tests leave it so."""
+    """A guest on Hyper-V that has booted, its balloon driven by hv_balloon. A boot a file: what was done once (a class told to a driver,
+    a taint) stays.
+    """
     with tempfile.TemporaryDirectory(prefix="rig-") as folder, HyperVGuest(programs, Path(folder)) as guest:
         print(guest.hello)
         yield guest
