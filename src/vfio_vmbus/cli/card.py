@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .device import is_uio, uio_device
+from .device import is_uio, pci_device, uio_device
 
 if TYPE_CHECKING:
     from ..drivers.netvsc.driver import Netvsc
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEVICE_HELP = (
     "The card to drive: embedded[:NAME] (of a VMBus host inside this process), "
     "unix:PATH (of a vfio-user server), vfio:ADDRESS (a PCI device bound to vfio-pci), "
+    "uio-pci:ADDRESS (bound to uio_pci_generic or igb_uio: unsafe), "
     "vmbus:GUID or uioN (a VMBus card bound to uio_hv_generic: unsafe)."
 )
 PORT_HELP = (
@@ -34,7 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Stop after so long.", min=0.001)]
 
 
-_WAYS = "take embedded[:NAME], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
+_WAYS = "take embedded[:NAME], unix:PATH, vfio:ADDRESS, uio-pci:ADDRESS, vmbus:GUID or uioN"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def is_embedded(device: str) -> bool:
     if is_uio(device):
         return False
     kind, separator, rest = device.partition(":")
-    if kind not in ("embedded", "unix", "vfio"):
+    if kind not in ("embedded", "unix", "vfio", "uio-pci"):
         raise UsageError(f"--device {device}: {_WAYS}")
     if kind == "embedded" and separator and not rest:
         raise UsageError(f"--device {device}: a name is missing; {_WAYS}")
@@ -92,7 +93,7 @@ def driven_card(
             attached: Device = host.attach(host.add_nic(_rest(device) or "nic0", mac, allow_spoofing=allow_spoofing))
             opened = stack.enter_context(open_device(attached, CLASS_NETWORK))
         else:
-            opened = stack.enter_context(open_device(_elsewhere(device), CLASS_NETWORK))
+            opened = stack.enter_context(open_device(_elsewhere(device, unsafe), CLASS_NETWORK))
         accept = PACKET_TYPE_PROMISCUOUS if promiscuous else DEFAULT_FILTER
         nic = stack.enter_context(Netvsc(opened, mtu=mtu, packet_filter=accept))
         for text in ports or []:
@@ -111,16 +112,14 @@ def _host(stack: ExitStack, poll: str) -> EmbeddedHost:
     return stack.enter_context(EmbeddedHost(poll=poll))
 
 
-def _elsewhere(device: str) -> Device:
+def _elsewhere(device: str, unsafe: bool) -> Device:
     """A device of another process's, or of the kernel's."""
     kind, _, rest = device.partition(":")
     if kind == "unix":
         from ..vfio.user_client import UserDevice
 
         return UserDevice(rest)
-    from ..vfio.kernel import KernelDevice
-
-    return KernelDevice(rest)
+    return pci_device(kind, rest, unsafe=unsafe)
 
 
 _KINDS = {"tap": True, "replay": True, "capture": True, "generator": None, "sink": False}

@@ -13,18 +13,20 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..channel.device import VmbusDevice
     from ..host.vsp import Vsp
+    from ..vfio.device import Device
 
 SWITCH = "--enable-unsafe-noiommu-mode"
 ANY_DEVICE_HELP = (
     "embedded[:nic|:balloon] (of a VMBus host inside this process), unix:PATH (of a vfio-user server), vfio:ADDRESS "
-    "(a PCI device bound to vfio-pci), vmbus:GUID or uioN (a VMBus device bound to uio_hv_generic: unsafe)."
+    "(a PCI device bound to vfio-pci), uio-pci:ADDRESS (bound to uio_pci_generic or igb_uio: unsafe), "
+    "vmbus:GUID or uioN (a VMBus device bound to uio_hv_generic: unsafe)."
 )
 AnyDeviceArgument = Annotated[str, typer.Argument(help=ANY_DEVICE_HELP, metavar="DEVICE")]
 UnsafeOption = Annotated[
     bool,
     typer.Option(SWITCH, help="Allow a device that nothing keeps within this process's memory. Taints the kernel."),
 ]
-_WAYS = "take embedded[:nic|:balloon], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
+_WAYS = "take embedded[:nic|:balloon], unix:PATH, vfio:ADDRESS, uio-pci:ADDRESS, vmbus:GUID or uioN"
 
 
 def is_uio(text: str) -> bool:
@@ -40,7 +42,7 @@ def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[
         if is_uio(text):
             yield stack.enter_context(uio_device(text, unsafe=unsafe))
             return
-        if kind not in ("embedded", "unix", "vfio") or (separator and not rest) or (kind != "embedded" and not rest):
+        if kind not in ("embedded", "unix", "vfio", "uio-pci") or (separator and not rest) or (kind != "embedded" and not rest):
             raise UsageError(f"{text}: {_WAYS}")
         from ..channel.opening import open_device
 
@@ -58,9 +60,7 @@ def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[
 
             yield stack.enter_context(open_device(UserDevice(rest)))
         else:
-            from ..vfio.kernel import KernelDevice
-
-            yield stack.enter_context(open_device(KernelDevice(rest)))
+            yield stack.enter_context(open_device(pci_device(kind, rest, unsafe=unsafe)))
 
 
 def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
@@ -69,3 +69,18 @@ def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
     from ..bus.uio_device import UioDevice
 
     return UioDevice(uio.find(text), unsafe=unsafe)
+
+
+def pci_device(kind: str, address: str, *, unsafe: bool) -> Device:
+    """A PCI device by "vfio" or "uio-pci". With the switch, the former takes none that an IOMMU would keep in bounds."""
+    if kind == "uio-pci":
+        from ..bus.uio_pci import UioPciDevice
+
+        return UioPciDevice(address, unsafe=unsafe)
+    from ..vfio.kernel import KernelDevice
+
+    if unsafe:
+        from ..bus.noiommu import open_without_iommu
+
+        return open_without_iommu(address, unsafe=True)
+    return KernelDevice(address)

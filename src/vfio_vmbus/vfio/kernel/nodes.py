@@ -73,6 +73,20 @@ class Roots:
             )
         return group
 
+    def unprotected_group(self, address: str) -> int:
+        """Its group, which protects nothing. Raises UnavailableError where there is none, and where an IOMMU would protect."""
+        group = self.group(address)
+        if group is None:
+            raise UnavailableError(
+                f"{address} has no IOMMU and no group without one: modprobe vfio {NOIOMMU_SWITCH}=1 (on a kernel with "
+                f"CONFIG_VFIO_NOIOMMU), then bind it (vfio-vmbus bind {address} --enable-unsafe-noiommu-mode)"
+            )
+        if not self.without_iommu(group):
+            raise UnavailableError(
+                f"{address} has an IOMMU (group {group}): there is no need to go without, leave the switch away"
+            )
+        return group
+
     def without_iommu(self, group: int) -> bool:
         """Is it a group that exists by NOIOMMU_SWITCH only, without any IOMMU?"""
         name = self.sysfs / f"kernel/iommu_groups/{group}/name"
@@ -85,8 +99,10 @@ class Roots:
 
     def in_use(self, address: str) -> bool:
         """Has a process opened the device, or another of its group, through VFIO? As far as this process may ask."""
+        group = self.group(address)
+        prefix = "noiommu-" if group is not None and self.without_iommu(group) else ""
         try:
-            os.close(os.open(self.dev / f"vfio/{self.group(address)}", os.O_RDWR | os.O_CLOEXEC))
+            os.close(os.open(self.dev / f"vfio/{prefix}{group}", os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             return error.errno == errno.EBUSY
         return False
