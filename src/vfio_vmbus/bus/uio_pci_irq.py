@@ -89,7 +89,7 @@ class UioIrq(Irq):
     """INTx, or with igb_uio the one vector of MSI or MSI-X that it took. Its line is enabled as long as somebody is to be told.
 
     INTx is masked when it falls (IRQ_AUTOMASKED): acknowledge it at the device, then `unmask`.
-    control: igb_uio's way to mask; otherwise by the command register. passed: interrupts that came so far.
+    control: igb_uio's way to mask; otherwise by the command register. passed: how often somebody was told.
     """
 
     count = 1
@@ -105,6 +105,11 @@ class UioIrq(Irq):
         self._control = control
         self._eventfd = -1
         self._watched = False
+
+    @property
+    def enabled(self) -> bool:
+        """Is somebody to be told?"""
+        return self._eventfd >= 0
 
     def enable(self, vector: int, eventfd_: int) -> None:
         self._check(vector)
@@ -164,8 +169,8 @@ class UioIrq(Irq):
         if not self._counted():
             return False
         if self._eventfd >= 0:
-            self.passed += 1
             eventfd.ring(self._eventfd)
+            self.passed += 1
         return True
 
     def _counted(self) -> bool:
