@@ -146,6 +146,8 @@ def open_node(path: Path, what: str, advice: str) -> int:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
             says = advice
+        elif error.errno == errno.EPERM and path.name.startswith("noiommu-"):
+            says = f"a group without an IOMMU is for CAP_SYS_RAWIO only, which this process (uid {os.geteuid()}) lacks"
         elif error.errno in (errno.EACCES, errno.EPERM):
             says = f"this process (uid {os.geteuid()}) may not: run as root, or give the node to its user (chown, or a udev rule)"
         elif error.errno == errno.EBUSY:
