@@ -18,7 +18,7 @@ _MODULES = ("vfio-pci", "uio_pci_generic")
 class BareGuest(Guest):
     """One boot, with an edu that reaches all memory at ADDRESS."""
 
-    preload = ("vfio_vmbus.bus.uio_pci", "vfio_vmbus.testing.conformance", "vfio_vmbus.memory.signal")
+    preload = ("vfio_vmbus.bus.uio_pci", "vfio_vmbus.testing.conformance")
     settings = {"NUMBA_DISABLE_JIT": "1"}
     """No data plane runs here: no kernels to bring along."""
 

@@ -19,9 +19,14 @@ from ..errors import RescindedError, UsageError, VfioVmbusError
 from ..vfio import eventfd
 from ..vfio.device import IRQ_AUTOMASKED, IRQ_EVENTFD, IRQ_MASKABLE, IRQ_NORESIZE, Irq
 from ..wire import pci
-from ..wire.vfio import IRQ_INTX
+from ..wire.vfio import IRQ_INTX, IRQ_MSI, IRQ_MSIX
 from .uio_pci_regions import Check, ConfigRegion, SysfsRegion
 
+_FLAGS: Final = {
+    IRQ_INTX: IRQ_MASKABLE | IRQ_AUTOMASKED,
+    IRQ_MSI: IRQ_NORESIZE,  # igb_uio takes the order to mask, but a device need not be able to
+    IRQ_MSIX: IRQ_MASKABLE | IRQ_NORESIZE,
+}
 _FAULTS: Final = (errno.EIO, errno.ENODEV, errno.ENXIO)
 
 
@@ -96,7 +101,7 @@ class UioIrq(Irq):
 
     def __init__(self, index: int, file: int, config: ConfigRegion, attendant: Attendant, check: Check, *, control: bool) -> None:
         self.index = index
-        self.flags = IRQ_EVENTFD | IRQ_MASKABLE | (IRQ_AUTOMASKED if index == IRQ_INTX else IRQ_NORESIZE)
+        self.flags = IRQ_EVENTFD | _FLAGS[index]
         self.passed = 0
         self._file = file
         self._config = config
@@ -148,6 +153,8 @@ class UioIrq(Irq):
 
     def _mask(self, vector: int, masked: bool) -> None:
         self._check(vector)
+        if not self.flags & IRQ_MASKABLE:
+            raise UsageError(f"vector {vector} of interrupt index {self.index} cannot be masked")
         with self._attendant.lock:
             if self._eventfd < 0:
                 raise UsageError(f"vector {vector} of interrupt index {self.index} is not enabled")

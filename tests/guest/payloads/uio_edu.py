@@ -20,6 +20,7 @@ from vfio_vmbus.bus.uio_pci import GENERIC, UioPciDevice
 from vfio_vmbus.errors import VfioVmbusError
 from vfio_vmbus.iommu.physical import PhysicalBuffer
 from vfio_vmbus.iommu.translation import READ, WRITE
+from vfio_vmbus.memory import signal  # noqa: F401  (which sets up what it keeps once a process, and does not survive a fork)
 from vfio_vmbus.testing.conformance import DeviceConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
