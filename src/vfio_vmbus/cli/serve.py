@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +14,7 @@ import typer
 from ..errors import UsageError
 from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
 from .output import progress
+from .stopping import on_stop
 
 if TYPE_CHECKING:
     from ..vfio.user_server import ServerEvent
@@ -77,7 +76,7 @@ def serve(
     _raise_descriptor_limit()
     events: SimpleQueue[ServerEvent | None] = SimpleQueue()
     with ExitStack() as stack:
-        stack.enter_context(_stopped_by_signals(events))
+        stack.enter_context(on_stop(lambda: events.put(_STOP)))
         with progress("starting (the first start compiles the data path, some seconds)"):
             from ..host.embedded import EmbeddedHost
             from ..host.serving import HostServer
@@ -142,17 +141,6 @@ def _raise_descriptor_limit() -> None:
     """A client costs up to some 1400 descriptors: its files, vectors and doorbells."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextmanager
-def _stopped_by_signals(events: SimpleQueue[Any]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what waits for events, so that everything is given back on the way out."""
-    before = {number: signal.signal(number, lambda *_: events.put(_STOP)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(events: SimpleQueue[ServerEvent | None], seconds: float | None, as_json: bool, idle: Any) -> None:
