@@ -13,6 +13,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..channel.device import VmbusDevice
     from ..host.vsp import Vsp
+    from ..vfio.device import Device
 
 SWITCH = "--enable-unsafe-noiommu-mode"
 ANY_DEVICE_HELP = (
@@ -53,14 +54,20 @@ def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[
                 raise UsageError(f"{text}: {_WAYS}")
             device: Vsp = host.add_nic() if which == "nic" else host.add_balloon()
             yield stack.enter_context(open_device(host.attach(device)))
-        elif kind == "unix":
-            from ..vfio.user_client import UserDevice
-
-            yield stack.enter_context(open_device(UserDevice(rest)))
         else:
-            from ..vfio.kernel import KernelDevice
+            yield stack.enter_context(open_device(elsewhere(text)))
 
-            yield stack.enter_context(open_device(KernelDevice(rest)))
+
+def elsewhere(text: str) -> Device:
+    """The device of unix:PATH, another process's, or of vfio:ADDRESS, the kernel's. Raises as UserDevice and KernelDevice."""
+    kind, _, rest = text.partition(":")
+    if kind == "unix":
+        from ..vfio.user_client import UserDevice
+
+        return UserDevice(rest)
+    from ..vfio.kernel import KernelDevice
+
+    return KernelDevice(rest)
 
 
 def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
