@@ -71,8 +71,7 @@ def serve(
     if any(text.startswith("replay:") for text in port or []):
         raise UsageError("--port replay: it would be over before a client is there")
     permissions = _octal(mode)
-    if personality not in ("pci", "vmbus"):
-        raise UsageError(f"--personality {personality}: take pci or vmbus")
+    _check_personality(personality)
     _raise_descriptor_limit()
     events: SimpleQueue[ServerEvent | None] = SimpleQueue()
     with ExitStack() as stack:
@@ -103,8 +102,7 @@ def serve(
                 else:
                     server.listen(place, cards[name], mode=permissions, personality=personality)
         if not as_json:
-            shown = (f"embedded:{name} at {_shown(place)}" for name, place in zip(names, places, strict=True))
-            print(f"serving {', '.join(shown)}", flush=True)
+            print(_ready(names, places), flush=True)
         _watch(events, seconds, as_json, lambda: server.idle)
 
 
@@ -127,14 +125,20 @@ def _names(devices: list[str] | None, places: int) -> list[str]:
     return names
 
 
+def _check_personality(personality: str) -> None:
+    if personality not in ("pci", "vmbus"):
+        raise UsageError(f"--personality {personality}: take pci or vmbus")
+
+
 def _octal(mode: str) -> int:
     if not mode or set(mode) - set("01234567") or int(mode, 8) > 0o777:
         raise UsageError(f"--mode {mode}: take an octal number up to 777, such as 0660")
     return int(mode, 8)
 
 
-def _shown(place: str | int) -> str:
-    return f"descriptor {place}" if isinstance(place, int) else place
+def _ready(names: list[str], places: list[str | int]) -> str:
+    shown = (f"descriptor {place}" if isinstance(place, int) else place for place in places)
+    return "serving " + ", ".join(f"embedded:{name} at {place}" for name, place in zip(names, shown, strict=True))
 
 
 def _raise_descriptor_limit() -> None:
