@@ -27,10 +27,10 @@ from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing import edu
 from vfio_vmbus.testing.edu import Edu
 from vfio_vmbus.testing.leaks import Stock, nothing_left
-from vfio_vmbus.vfio.user_connection import _MESSAGES as TURN
-from vfio_vmbus.vfio.user_connection import ServerLimits
-from vfio_vmbus.vfio.user_listener import Admission, Peer
-from vfio_vmbus.vfio.user_server import MAX_WAITING, ServerEvent, UserServer
+from vfio_vmbus.vfio.user.connection import _MESSAGES as TURN
+from vfio_vmbus.vfio.user.connection import ServerLimits
+from vfio_vmbus.vfio.user.listener import Admission, Peer
+from vfio_vmbus.vfio.user.server import MAX_WAITING, ServerEvent, UserServer
 from vfio_vmbus.wire import vfio_user as wire
 
 IOVA = 1 << 32

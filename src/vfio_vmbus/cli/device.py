@@ -62,7 +62,7 @@ def elsewhere(text: str) -> Device:
     """The device of unix:PATH, another process's, or of vfio:ADDRESS, the kernel's. Raises as UserDevice and KernelDevice."""
     kind, _, rest = text.partition(":")
     if kind == "unix":
-        from ..vfio.user_client import UserDevice
+        from ..vfio.user.client import UserDevice
 
         return UserDevice(rest)
     from ..vfio.kernel import KernelDevice

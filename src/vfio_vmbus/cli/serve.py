@@ -17,7 +17,7 @@ from .output import progress
 from .stopping import on_stop
 
 if TYPE_CHECKING:
-    from ..vfio.user_server import ServerEvent
+    from ..vfio.user.server import ServerEvent
 
 _STOP = None
 """What signals put into the queue of events."""
@@ -79,7 +79,7 @@ def serve(
         with progress("starting (the first start compiles the data path, some seconds)"):
             from ..host.embedded import EmbeddedHost
             from ..host.serving import HostServer
-            from ..vfio.user_connection import ServerLimits
+            from ..vfio.user.connection import ServerLimits
 
             host = stack.enter_context(EmbeddedHost(poll=poll))
             cards = {name: host.add_nic(name, max_mtu=mtu) for name in names}

@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeVar, cast
 
-from ..errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
-from ..wire import vfio_user as wire
-from .rights import descriptors
-from .user_client_attendant import Attendant
-from .user_client_core import Action, Answer, Broken, ClientCore, Discard, Reply
-from .user_client_socket import timeval
+from ...errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
+from ...wire import vfio_user as wire
+from ..rights import descriptors
+from .client_attendant import Attendant
+from .client_core import Action, Answer, Broken, ClientCore, Discard, Reply
+from .client_socket import timeval
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""One vfio-user client on a Unix stream socket, served on the running asyncio loop: carries out what `user_core` decides.
+"""One vfio-user client on a Unix stream socket, served on the running asyncio loop: carries out what `core` decides.
 
 It takes a little at a time, so that no client keeps the others waiting: a few messages a turn, no more requests a second than it may
 send, and none while it does not read its replies.
@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
-from ..errors import VfioVmbusError, WaitTimeout
-from .rights import descriptors
-from .user_core import MAX_MSG_FDS, Action, Answer, Close, Release, Send, ServerCore
-from .user_device import ServedDevice
+from ...errors import VfioVmbusError, WaitTimeout
+from ..rights import descriptors
+from .core import MAX_MSG_FDS, Action, Answer, Close, Release, Send, ServerCore
+from .device import ServedDevice
 
 _PIECE: Final = 4096
 """Bytes taken from a client before others get their turn; it bounds the messages, too, which have 16 bytes at least."""
