@@ -23,7 +23,7 @@ from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.host.switch.port import Port
 from vfio_vmbus.vfio.device import Device
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 PEER = bytes.fromhex("02000000aa01")  # a station behind the switch
 Count = Callable[[], int]

@@ -14,7 +14,7 @@ from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.errors import UnavailableError
 from vfio_vmbus.vfio.device import BAR0_REGION, Region
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 READS = 5000  # of one sample
 REQUEST, REPLY = 32, 36  # bytes that a read of a register sends and receives

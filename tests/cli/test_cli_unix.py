@@ -14,7 +14,7 @@ from vfio_vmbus.demo.replayed import write_capture
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.host.switch.switch import Switch
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 MAC = bytes.fromhex("02000000bb01")
 PEER = bytes.fromhex("02000000bb02")

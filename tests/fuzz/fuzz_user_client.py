@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
-from vfio_vmbus.vfio.user_client_core import MAX_MESSAGE, Answer, Broken, ClientCore, Discard, Reply
-from vfio_vmbus.vfio.user_client_memory import ClientMemory
+from vfio_vmbus.vfio.user.client_core import MAX_MESSAGE, Answer, Broken, ClientCore, Discard, Reply
+from vfio_vmbus.vfio.user.client_memory import ClientMemory
 from vfio_vmbus.wire import vfio_user as wire
 
 IOVA = 1 << 32

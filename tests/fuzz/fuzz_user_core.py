@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from tests.vfio.user_rig import Answer, Rig, rig
 from vfio_vmbus.vfio import eventfd
-from vfio_vmbus.vfio.user_core import Send
+from vfio_vmbus.vfio.user.core import Send
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 

@@ -17,8 +17,8 @@ from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.testing.edu import Edu, serving_edu
-from vfio_vmbus.vfio.user_connection import Client
-from vfio_vmbus.vfio.user_server import ServerEvent
+from vfio_vmbus.vfio.user.connection import Client
+from vfio_vmbus.vfio.user.server import ServerEvent
 
 MAC = bytes.fromhex("00155d010203")
 

@@ -23,8 +23,8 @@ from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import Stock, nothing_left
-from vfio_vmbus.vfio.user_client import UserDevice
-from vfio_vmbus.vfio.user_server import ServerEvent
+from vfio_vmbus.vfio.user.client import UserDevice
+from vfio_vmbus.vfio.user.server import ServerEvent
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
@@ -33,7 +33,7 @@ import sys
 from vfio_vmbus.apps.measure import measure_sending
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 with open_device(UserDevice(sys.argv[1], timeout=60)) as device, Netvsc(device) as nic:
     frame = bytes(6) + nic.mac + bytes(100)
     measure_sending(nic, frame, 0.1)

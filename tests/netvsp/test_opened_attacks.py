@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.netvsp.test_attacks import CLOSES, GOES_ON, OUT_OF_ORDER, SMALL, Stage
+from tests.netvsp.test_attacks import SMALL, Stage, check_attack
 from tests.netvsp.traffic import Traffic
 from vfio_vmbus.channel.offered import open_offered
 from vfio_vmbus.channel.opening import open_device
@@ -18,7 +17,6 @@ from vfio_vmbus.iommu.domain import Fault
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.testing.attacker import Attack, Attacker, Outcome, range_words
 from vfio_vmbus.testing.hostile import ATTACKS, Arena
-from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.wire import nvsp
 
 FITTING = tuple(attack for attack in ATTACKS if not attack.bus)
@@ -40,19 +38,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.mark.parametrize("attack", FITTING, ids=[attack.name for attack in FITTING])
 def test_an_attack(stage: Stage, attack: Attack) -> None:
-    with nothing_left(objects=False):
-        verdict = stage.arena.judge(attack)
-        stage.traffic.go_on()
-    outcome = verdict.outcome
-    assert stage.traffic.foreign == []
-    assert verdict.bytes_touched == 0
-    assert verdict.stopped, verdict
-    if GOES_ON.match(attack.name):
-        assert (outcome.failed, outcome.succeeded, outcome.unanswered) == (outcome.tried, 0, 0)
-    if CLOSES.match(attack.name):
-        closed = [text for text in verdict.evidence if text.startswith("closed: ")]
-        assert closed
-        assert re.search(r"\d", closed[0]) or attack.name in OUT_OF_ORDER
+    check_attack(stage, attack)
 
 
 def test_most_attacks_fit() -> None:

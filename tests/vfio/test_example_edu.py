@@ -13,7 +13,7 @@ import pytest
 
 from vfio_vmbus.testing.edu import serving_edu
 from vfio_vmbus.testing.leaks import nothing_left
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 PATH = Path(__file__).parents[2] / "examples/edu.py"
 SPEC = importlib.util.spec_from_file_location("example_edu", PATH)

@@ -26,7 +26,7 @@ from vfio_vmbus.testing.hostile import ATTACKS
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.testing.opened_conformance import OpenedConformance
 from vfio_vmbus.vfio.device import Device
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 from vfio_vmbus.wire import opened as wire
 
 PATIENCE = 60.0

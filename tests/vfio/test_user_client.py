@@ -25,7 +25,7 @@ from vfio_vmbus.testing.leaks import Stock, nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, MSIX_IRQ, Device
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 PATIENCE = 60.0
 CYCLES = 5 if INTERPRETED else 50  # of two attachments each

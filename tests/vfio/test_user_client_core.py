@@ -14,8 +14,8 @@ from vfio_vmbus.errors import DmaError, IsolationFault
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import nothing_left
-from vfio_vmbus.vfio.user_client_core import MAX_DATA, Action, Answer, Broken, ClientCore, Discard, Reply
-from vfio_vmbus.vfio.user_client_memory import ClientMemory
+from vfio_vmbus.vfio.user.client_core import MAX_DATA, Action, Answer, Broken, ClientCore, Discard, Reply
+from vfio_vmbus.vfio.user.client_memory import ClientMemory
 from vfio_vmbus.wire import vfio_user as wire
 
 IOVA = 1 << 32

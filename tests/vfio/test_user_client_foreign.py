@@ -18,7 +18,7 @@ from vfio_vmbus.testing.conformance import DeviceConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.device import CONFIG_REGION, Device, Irq
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 
 pytestmark = pytest.mark.skipif(bool(reason()), reason=reason())
 

@@ -20,7 +20,7 @@ from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.device import REGION_MMAP, REGION_READ, REGION_WRITE
-from vfio_vmbus.vfio.user_client import UserDevice
+from vfio_vmbus.vfio.user.client import UserDevice
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 from vfio_vmbus.wire.vfio_user_version import Capabilities

@@ -17,8 +17,8 @@ from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.function import PciFunction
-from vfio_vmbus.vfio.user_connection import ServerLimits, UserConnection
-from vfio_vmbus.vfio.user_device import FunctionDevice
+from vfio_vmbus.vfio.user.connection import ServerLimits, UserConnection
+from vfio_vmbus.vfio.user.device import FunctionDevice
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 

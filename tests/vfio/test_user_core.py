@@ -25,7 +25,7 @@ from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.vfio.function import Window
-from vfio_vmbus.vfio.user_core import KEPT_REFUSALS, errno_of
+from vfio_vmbus.vfio.user.core import KEPT_REFUSALS, errno_of
 from vfio_vmbus.wire import vfio
 from vfio_vmbus.wire import vfio_user as wire
 from vfio_vmbus.wire.vfio_user_version import Capabilities, decode_version

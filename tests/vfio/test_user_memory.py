@@ -21,8 +21,8 @@ from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing import edu
 from vfio_vmbus.testing.edu import BUFFER_AT, BUFFER_SIZE, Edu, serving_edu
 from vfio_vmbus.testing.leaks import nothing_left
-from vfio_vmbus.vfio.user_connection import ServerLimits, UserConnection
-from vfio_vmbus.vfio.user_memory import CHUNK, ClientMemory
+from vfio_vmbus.vfio.user.connection import ServerLimits, UserConnection
+from vfio_vmbus.vfio.user.memory import CHUNK, ClientMemory
 from vfio_vmbus.wire import vfio_user as wire
 from vfio_vmbus.wire.vfio_user_version import Capabilities, encode_version
 

@@ -12,9 +12,9 @@ from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.memory.shared import SharedMemory
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio.function import PciFunction
-from vfio_vmbus.vfio.user_core import Action, Close, Release, Send, ServerCore
-from vfio_vmbus.vfio.user_core import Answer as ClientsAnswer
-from vfio_vmbus.vfio.user_device import FunctionDevice
+from vfio_vmbus.vfio.user.core import Action, Close, Release, Send, ServerCore
+from vfio_vmbus.vfio.user.core import Answer as ClientsAnswer
+from vfio_vmbus.vfio.user.device import FunctionDevice
 from vfio_vmbus.wire import vfio_user as wire
 from vfio_vmbus.wire.vfio_user_version import Capabilities, encode_version
 

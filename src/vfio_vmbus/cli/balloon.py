@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,6 +11,7 @@ import typer
 from .card import JsonOption, SecondsOption
 from .device import AnyDeviceArgument, UnsafeOption, opened_device
 from .output import count, print_json, print_table, progress
+from .stopping import stoppable
 
 _PAGES_PER_MIB = 256
 
@@ -38,7 +35,7 @@ def balloon(
 
     with (
         progress("starting") as shown,
-        _stoppable() as stop,
+        stoppable() as stop,
         opened_device(device, unsafe=unsafe, default="balloon") as opened,
         Balloon(opened, limit=limit * _PAGES_PER_MIB) as driver,
     ):
@@ -51,15 +48,3 @@ def balloon(
         print_json(result)
     else:
         print_table("The balloon", ("what", "value"), [(name.replace("_", " "), value) for name, value in result.items()])
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that the channel is closed on the way out."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .device import is_uio, pci_device, uio_device
+from .device import elsewhere, is_uio, uio_device
 
 if TYPE_CHECKING:
     from ..drivers.netvsc.driver import Netvsc
@@ -89,11 +89,13 @@ def driven_card(
         host = _host(stack, poll) if embedded else None
         if is_uio(device):
             opened = stack.enter_context(uio_device(device, unsafe=unsafe))
+            if opened.class_guid != CLASS_NETWORK:
+                raise UsageError(f"--device {device}: {opened.name} is no network card")
         elif host is not None:
             attached: Device = host.attach(host.add_nic(_rest(device) or "nic0", mac, allow_spoofing=allow_spoofing))
             opened = stack.enter_context(open_device(attached, CLASS_NETWORK))
         else:
-            opened = stack.enter_context(open_device(_elsewhere(device, unsafe), CLASS_NETWORK))
+            opened = stack.enter_context(open_device(elsewhere(device, unsafe=unsafe), CLASS_NETWORK))
         accept = PACKET_TYPE_PROMISCUOUS if promiscuous else DEFAULT_FILTER
         nic = stack.enter_context(Netvsc(opened, mtu=mtu, packet_filter=accept))
         for text in ports or []:
@@ -110,16 +112,6 @@ def _host(stack: ExitStack, poll: str) -> EmbeddedHost:
     from ..host.embedded import EmbeddedHost
 
     return stack.enter_context(EmbeddedHost(poll=poll))
-
-
-def _elsewhere(device: str, unsafe: bool) -> Device:
-    """A device of another process's, or of the kernel's."""
-    kind, _, rest = device.partition(":")
-    if kind == "unix":
-        from ..vfio.user_client import UserDevice
-
-        return UserDevice(rest)
-    return pci_device(kind, rest, unsafe=unsafe)
 
 
 _KINDS = {"tap": True, "replay": True, "capture": True, "generator": None, "sink": False}

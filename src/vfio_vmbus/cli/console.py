@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import typer
 from ..errors import UsageError
 from .card import SecondsOption
 from .device import AnyDeviceArgument, UnsafeOption, opened_device
+from .stopping import on_stop
 
 if TYPE_CHECKING:
     from ..channel.device import Channel, SharedBuffer, VmbusDevice
@@ -65,12 +65,10 @@ def _stoppable() -> Iterator[int]:
     """A descriptor that becomes readable on Ctrl-C and SIGTERM, so that the channel is closed on the way out."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: os.write(writing, b"!")) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield reading
+        with on_stop(lambda: os.write(writing, b"!")):
+            yield reading
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(reading)
         os.close(writing)
 

@@ -55,12 +55,31 @@ def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[
                 raise UsageError(f"{text}: {_WAYS}")
             device: Vsp = host.add_nic() if which == "nic" else host.add_balloon()
             yield stack.enter_context(open_device(host.attach(device)))
-        elif kind == "unix":
-            from ..vfio.user_client import UserDevice
-
-            yield stack.enter_context(open_device(UserDevice(rest)))
         else:
-            yield stack.enter_context(open_device(pci_device(kind, rest, unsafe=unsafe)))
+            yield stack.enter_context(open_device(elsewhere(text, unsafe=unsafe)))
+
+
+def elsewhere(text: str, *, unsafe: bool) -> Device:
+    """The device of unix:PATH, another process's, or of vfio:ADDRESS or uio-pci:ADDRESS, the kernel's.
+
+    With the switch, vfio: is one without an IOMMU, and none that an IOMMU would keep in bounds. Raises as what implements it.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "unix":
+        from ..vfio.user.client import UserDevice
+
+        return UserDevice(rest)
+    if kind == "uio-pci":
+        from ..bus.uio_pci import UioPciDevice
+
+        return UioPciDevice(rest, unsafe=unsafe)
+    if unsafe:
+        from ..bus.noiommu import open_without_iommu
+
+        return open_without_iommu(rest, unsafe=True)
+    from ..vfio.kernel import KernelDevice
+
+    return KernelDevice(rest)
 
 
 def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
@@ -69,18 +88,3 @@ def uio_device(text: str, *, unsafe: bool) -> VmbusDevice:
     from ..bus.uio_device import UioDevice
 
     return UioDevice(uio.find(text), unsafe=unsafe)
-
-
-def pci_device(kind: str, address: str, *, unsafe: bool) -> Device:
-    """A PCI device by "vfio" or "uio-pci". With the switch, the former takes none that an IOMMU would keep in bounds."""
-    if kind == "uio-pci":
-        from ..bus.uio_pci import UioPciDevice
-
-        return UioPciDevice(address, unsafe=unsafe)
-    from ..vfio.kernel import KernelDevice
-
-    if unsafe:
-        from ..bus.noiommu import open_without_iommu
-
-        return open_without_iommu(address, unsafe=True)
-    return KernelDevice(address)

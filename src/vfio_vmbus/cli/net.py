@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,22 +14,11 @@ import typer
 from .card import Card, DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card, is_embedded
 from .device import UnsafeOption
 from .output import Progress, count, print_json, print_table, progress
+from .stopping import stoppable
 
 app = typer.Typer(help="Drive a VMBus network card from user space.", no_args_is_help=True, rich_markup_mode=None)
 
 _COMPILING = "starting (the first start compiles the data path, some seconds)"
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that everything is given back on the way out."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(stop: threading.Event, seconds: float | None, watch: Any, shown: Progress, verb: str) -> float:
@@ -80,7 +67,7 @@ def tap(
     from ..apps.lab.tap import open_tap
 
     embedded = is_embedded(device)
-    with progress(_COMPILING) as shown, _stoppable() as stop, ExitStack() as stack:
+    with progress(_COMPILING) as shown, stoppable() as stop, ExitStack() as stack:
         own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
         card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe))
         interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
@@ -115,7 +102,7 @@ def fwd(
     """
     with (
         progress(_COMPILING) as shown,
-        _stoppable() as stop,
+        stoppable() as stop,
         driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe) as card,
     ):
         from ..apps.forward import Forwarder
@@ -149,7 +136,7 @@ def capture(
 
     with (
         progress(_COMPILING) as shown,
-        _stoppable() as stop,
+        stoppable() as stop,
         driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe) as card,
     ):
         start = time.monotonic()

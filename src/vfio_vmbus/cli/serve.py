@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +14,10 @@ import typer
 from ..errors import UsageError
 from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
 from .output import progress
+from .stopping import on_stop
 
 if TYPE_CHECKING:
-    from ..vfio.user_server import ServerEvent
+    from ..vfio.user.server import ServerEvent
 
 _STOP = None
 """What signals put into the queue of events."""
@@ -72,16 +71,15 @@ def serve(
     if any(text.startswith("replay:") for text in port or []):
         raise UsageError("--port replay: it would be over before a client is there")
     permissions = _octal(mode)
-    if personality not in ("pci", "vmbus"):
-        raise UsageError(f"--personality {personality}: take pci or vmbus")
+    _check_personality(personality)
     _raise_descriptor_limit()
     events: SimpleQueue[ServerEvent | None] = SimpleQueue()
     with ExitStack() as stack:
-        stack.enter_context(_stopped_by_signals(events))
+        stack.enter_context(on_stop(lambda: events.put(_STOP)))
         with progress("starting (the first start compiles the data path, some seconds)"):
             from ..host.embedded import EmbeddedHost
             from ..host.serving import HostServer
-            from ..vfio.user_connection import ServerLimits
+            from ..vfio.user.connection import ServerLimits
 
             host = stack.enter_context(EmbeddedHost(poll=poll))
             cards = {name: host.add_nic(name, max_mtu=mtu) for name in names}
@@ -104,8 +102,7 @@ def serve(
                 else:
                     server.listen(place, cards[name], mode=permissions, personality=personality)
         if not as_json:
-            shown = (f"embedded:{name} at {_shown(place)}" for name, place in zip(names, places, strict=True))
-            print(f"serving {', '.join(shown)}", flush=True)
+            print(_ready(names, places), flush=True)
         _watch(events, seconds, as_json, lambda: server.idle)
 
 
@@ -128,31 +125,26 @@ def _names(devices: list[str] | None, places: int) -> list[str]:
     return names
 
 
+def _check_personality(personality: str) -> None:
+    if personality not in ("pci", "vmbus"):
+        raise UsageError(f"--personality {personality}: take pci or vmbus")
+
+
 def _octal(mode: str) -> int:
     if not mode or set(mode) - set("01234567") or int(mode, 8) > 0o777:
         raise UsageError(f"--mode {mode}: take an octal number up to 777, such as 0660")
     return int(mode, 8)
 
 
-def _shown(place: str | int) -> str:
-    return f"descriptor {place}" if isinstance(place, int) else place
+def _ready(names: list[str], places: list[str | int]) -> str:
+    shown = (f"descriptor {place}" if isinstance(place, int) else place for place in places)
+    return "serving " + ", ".join(f"embedded:{name} at {place}" for name, place in zip(names, shown, strict=True))
 
 
 def _raise_descriptor_limit() -> None:
     """A client costs up to some 1400 descriptors: its files, vectors and doorbells."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextmanager
-def _stopped_by_signals(events: SimpleQueue[Any]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what waits for events, so that everything is given back on the way out."""
-    before = {number: signal.signal(number, lambda *_: events.put(_STOP)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(events: SimpleQueue[ServerEvent | None], seconds: float | None, as_json: bool, idle: Any) -> None:

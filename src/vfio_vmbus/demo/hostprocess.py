@@ -17,7 +17,7 @@ from ..channel.opening import open_device
 from ..errors import LocalError, WaitTimeout
 from ..testing.attacker import Outcome
 from ..testing.judge import Finding
-from ..vfio.user_client import UserDevice
+from ..vfio.user.client import UserDevice
 from . import messages
 
 _ANSWER_SECONDS = 60.0

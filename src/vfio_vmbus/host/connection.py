@@ -28,7 +28,7 @@ from ..wire.gpa import PageRange
 from ..wire.ring import PACKET_INBAND
 from ..wire.table import Side
 from ..wire.vmbus import STATUS_INSUFFICIENT_RESOURCES, STATUS_INVALID_PARAMETER, STATUS_SUCCESS, STATUS_UNSUCCESSFUL
-from .vsp import ChannelContext, HostGpadl, Vsp
+from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
 
@@ -146,17 +146,7 @@ class Connection:
 
     def _guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
         """For callbacks of the loop: what one raises ends this client's connection. A defect of ours is logged as such."""
-
-        def call() -> None:
-            try:
-                callback()
-            except PeerError as error:
-                self._fail(error)
-            except Exception as error:
-                log.exception("%s: defect of the host", self.function.name)
-                self._fail(error)
-
-        return call
+        return guarded(callback, self.function.name, self._fail)
 
     def _kick(self) -> None:
         """The doorbell was rung, or there is more to do: go on."""

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ..errors import PeerError, ProtocolError, RefusedError, UsageError
+from ..errors import ProtocolError, RefusedError, UsageError
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import Piece
 from ..memory.shared import side_by_side
 from ..ring.pair import RingPair
 from ..vfio.vmbus_function import OpenedMemory, VmbusFunction
 from ..wire.table import Side
-from .vsp import ChannelContext, HostGpadl, Vsp
+from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
 
@@ -111,17 +111,7 @@ class Opener:
 
     def _guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
         """For callbacks of the loop: what one raises closes this client's channel. A defect of ours is logged as such."""
-
-        def call() -> None:
-            try:
-                callback()
-            except PeerError as error:
-                self._fail(error)
-            except Exception as error:
-                log.exception("%s: defect of the host", self.function.name)
-                self._fail(error)
-
-        return call
+        return guarded(callback, self.function.name, self._fail)
 
     def _fail(self, error: Exception) -> None:
         self._note(error)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from ..errors import ClosedError, RefusedError, UsageError
-from ..vfio.user_connection import Claim, Client, ServerLimits
-from ..vfio.user_device import FunctionDevice, ServedDevice
-from ..vfio.user_server import ServerEvent, UserServer
+from ..vfio.user.connection import Claim, Client, ServerLimits
+from ..vfio.user.device import FunctionDevice, ServedDevice
+from ..vfio.user.server import ServerEvent, UserServer
 from .embedded import EmbeddedHost, check_personality
 from .vsp import Vsp
 

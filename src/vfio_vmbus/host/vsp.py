@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..errors import PeerError
 from ..iommu.domain import Domain
 from ..memory.mapping import Mapping
 from ..ring.pair import RingPair
 from ..wire.vmbus import ChannelOffer
+
+log = logging.getLogger("vfio_vmbus.host")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,22 @@ class ChannelContext:
     """The guest broke the device's protocol: note why. The VSP has stopped using the channel."""
     guarded: Callable[[Callable[[], None]], Callable[[], None]] = lambda callback: callback
     """Wraps each callback that the VSP gives to the loop: what it raises is logged and ends this guest's connection, no other's."""
+
+
+def guarded(callback: Callable[[], None], name: str, fail: Callable[[Exception], None]) -> Callable[[], None]:
+    """For callbacks of the loop: what one raises goes to `fail`, which ends that client's use of the device. A defect of ours is logged as
+    such. name: of the client, for the log."""
+
+    def call() -> None:
+        try:
+            callback()
+        except PeerError as error:
+            fail(error)
+        except Exception as error:
+            log.exception("%s: defect of the host", name)
+            fail(error)
+
+    return call
 
 
 class Vsp(Protocol):

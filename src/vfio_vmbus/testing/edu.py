@@ -28,10 +28,10 @@ from ..errors import UsageError, VfioVmbusError
 from ..iommu.domain import IOVA_LIMIT, Domain
 from ..vfio import eventfd
 from ..vfio.config import Storage
-from ..vfio.user_connection import Client, ServerLimits
-from ..vfio.user_device import IoFd, ServedMap, map_for_client
-from ..vfio.user_memory import ClientMemory
-from ..vfio.user_server import ServerEvent, UserServer
+from ..vfio.user.connection import Client, ServerLimits
+from ..vfio.user.device import IoFd, ServedMap, map_for_client
+from ..vfio.user.memory import ClientMemory
+from ..vfio.user.server import ServerEvent, UserServer
 from ..wire import pci, vfio
 
 log = logging.getLogger("vfio_vmbus.testing")

@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 
-from ..errors import UnavailableError, UsageError, WaitTimeout
+from ...errors import UnavailableError, UsageError, WaitTimeout
 
 
 def connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import RefusedError, UsageError
-from ..iommu.domain import IOVA_LIMIT, Domain
-from ..memory.shared import is_sealed
-from ..wire.vfio import IRQ_EVENTFD
-from . import eventfd
-from .function import Function, Window
+from ...errors import RefusedError, UsageError
+from ...iommu.domain import IOVA_LIMIT, Domain
+from ...memory.shared import is_sealed
+from ...wire.vfio import IRQ_EVENTFD
+from .. import eventfd
+from ..function import Function, Window
 
 DOORBELL_SIZE = 4
 
@@ -101,7 +101,7 @@ class ServedDevice(Protocol):
 
 def map_for_client(domain: Domain, iova: int, size: int, access: int, fd: int | None, offset: int) -> None:
     """`ServedDevice.map` into a domain: sealed memory is mapped, other files are read and written, and for what is in no file the client
-    is asked (`user_memory`). Raises RefusedError (ENOSPC, EEXIST), DmaError."""
+    is asked (`memory`). Raises RefusedError (ENOSPC, EEXIST), DmaError."""
     if not domain.has_room(size):
         raise RefusedError(
             f"{size:#x} bytes more exceed the limits of {domain.max_maps} maps, {domain.max_bytes} bytes", errno.ENOSPC

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 _BACKLOG: Final = 64
 _LONGEST: Final = 107

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..errors import ProtocolError, RefusedError
-from ..wire import vfio
-from ..wire import vfio_user as wire
-from ..wire.table import Side
-from ..wire.vfio_user_version import Capabilities
-from .user_device import ServedDevice
+from ...errors import ProtocolError, RefusedError
+from ...wire import vfio
+from ...wire import vfio_user as wire
+from ...wire.table import Side
+from ...wire.vfio_user_version import Capabilities
+from .device import ServedDevice
 
 Reply: TypeAlias = tuple[bytes, tuple[int, ...]]
 DONE: Reply = (b"", ())

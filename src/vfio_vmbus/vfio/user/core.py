@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import (
+from ...errors import (
     ClosedError,
     DmaError,
     IsolationFault,
@@ -25,11 +25,11 @@ from ..errors import (
     VfioVmbusError,
     WaitTimeout,
 )
-from ..wire import vfio_user as wire
-from ..wire.vfio_user import Header
-from ..wire.vfio_user_version import MAX_SERVER_PAYLOAD, Capabilities, decode_version, encode_version
-from .user_commands import Commands
-from .user_device import ServedDevice
+from ...wire import vfio_user as wire
+from ...wire.vfio_user import Header
+from ...wire.vfio_user_version import MAX_SERVER_PAYLOAD, Capabilities, decode_version, encode_version
+from .commands import Commands
+from .device import ServedDevice
 
 log = logging.getLogger("vfio_vmbus.vfio")
 

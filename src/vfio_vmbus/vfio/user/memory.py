@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Final
 
-from ..errors import ProtocolError, RefusedError
-from ..iommu.domain import DmaMap, Domain
-from ..iommu.translation import FILE_FAILED, READ, WRITE
-from ..wire import vfio_user as wire
-from .user_connection import Client
+from ...errors import ProtocolError, RefusedError
+from ...iommu.domain import DmaMap, Domain
+from ...iommu.translation import FILE_FAILED, READ, WRITE
+from ...wire import vfio_user as wire
+from .connection import Client
 
 CHUNK: Final = 1 << 17
 """Bytes that are copied at once. QEMU's reply to a DMA_READ of more than some 200 KiB breaks its stream."""

@@ -21,11 +21,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeVar, cast
 
-from ..errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
-from ..wire import vfio_user as wire
-from .user_client_attendant import Attendant
-from .user_client_core import Action, Answer, Broken, ClientCore, Discard, Reply
-from .user_client_socket import timeval
+from ...errors import ClosedError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError, WaitTimeout
+from ...wire import vfio_user as wire
+from ..rights import descriptors
+from .client_attendant import Attendant
+from .client_core import Action, Answer, Broken, ClientCore, Discard, Reply
+from .client_socket import timeval
 
 T = TypeVar("T")
 
@@ -308,7 +309,7 @@ class Link:
             return False
         except OSError as error:
             self._gone(error)
-        self._take_bytes(data, _descriptors(control), bool(flags & socket.MSG_CTRUNC))
+        self._take_bytes(data, descriptors(control), bool(flags & socket.MSG_CTRUNC))
         return True
 
     def _take_bytes(self, data: bytes, fds: Sequence[int] = (), lost: bool = False) -> None:
@@ -345,12 +346,3 @@ def _name_of(number: int) -> str:
 
 def _refusal(name: str, number: int, code: int) -> RefusedError:
     return RefusedError(f"{name}: {_name_of(number)} refused: {errno.errorcode.get(code, 'an errno of its own')}", code)
-
-
-def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
-    """What came with a message."""
-    fds = array.array("i")
-    for level, kind, data in control:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)

@@ -1,4 +1,4 @@
-"""One vfio-user client on a Unix stream socket, served on the running asyncio loop: carries out what `user_core` decides.
+"""One vfio-user client on a Unix stream socket, served on the running asyncio loop: carries out what `core` decides.
 
 It takes a little at a time, so that no client keeps the others waiting: a few messages a turn, no more requests a second than it may
 send, and none while it does not read its replies.
@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
-from ..errors import VfioVmbusError, WaitTimeout
-from .user_core import MAX_MSG_FDS, Action, Answer, Close, Release, Send, ServerCore
-from .user_device import ServedDevice
+from ...errors import VfioVmbusError, WaitTimeout
+from ..rights import descriptors
+from .core import MAX_MSG_FDS, Action, Answer, Close, Release, Send, ServerCore
+from .device import ServedDevice
 
 _PIECE: Final = 4096
 """Bytes taken from a client before others get their turn; it bounds the messages, too, which have 16 bytes at least."""
@@ -209,7 +210,7 @@ class UserConnection:
                 if reply:
                     self._send(reply, ())
                 return True
-        self._carry_out(self.core.feed(data, _descriptors(control) if control else (), lost=lost))
+        self._carry_out(self.core.feed(data, descriptors(control) if control else (), lost=lost))
         if data:
             self._work()
         else:
@@ -370,12 +371,3 @@ class _Bucket:
         if self.tokens >= 1:
             return 0.0
         return max(0.0, (1 - self.tokens) / self._rate - (self._clock() - self._since))
-
-
-def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
-    """What came with a message."""
-    fds = array.array("i")
-    for level, kind, data in control:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)

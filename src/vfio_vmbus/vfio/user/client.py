@@ -19,20 +19,20 @@ from errno import EBUSY, EINVAL
 from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, cast
 
-from ..errors import DmaError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError
-from ..iommu.translation import READ, WRITE
-from ..memory.mapping import PAGE, Mapping, Piece
-from ..memory.shared import require_sealed, side_by_side
-from ..wire import vfio
-from ..wire import vfio_user as wire
-from ..wire.vfio_user_version import Capabilities, decode_version, encode_version
-from . import eventfd
-from .device import IRQ_MASKABLE, REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
-from .user_client_core import MAX_DATA, ClientCore
-from .user_client_link import MAX_TIMEOUT, Link
-from .user_client_memory import ClientMemory
-from .user_client_regions import ASK_ARGSZ, MAX_IO_FDS, RegionView, needed_argsz, parse_io_fds, parse_region
-from .user_client_socket import connect
+from ...errors import DmaError, ProtocolError, RefusedError, UnavailableError, UsageError, VfioVmbusError
+from ...iommu.translation import READ, WRITE
+from ...memory.mapping import PAGE, Mapping, Piece
+from ...memory.shared import require_sealed, side_by_side
+from ...wire import vfio
+from ...wire import vfio_user as wire
+from ...wire.vfio_user_version import Capabilities, decode_version, encode_version
+from .. import eventfd
+from ..device import IRQ_MASKABLE, REGION_MMAP, REGION_READ, REGION_WRITE, Device, DeviceInfo, Dma, Irq, Region
+from .client_core import MAX_DATA, ClientCore
+from .client_link import MAX_TIMEOUT, Link
+from .client_memory import ClientMemory
+from .client_regions import ASK_ARGSZ, MAX_IO_FDS, RegionView, needed_argsz, parse_io_fds, parse_region
+from .client_socket import connect
 
 MAX_INDEXES: Final = 512
 """Regions, or kinds of interrupts, of one device. (QEMU takes 100 and 50.)"""

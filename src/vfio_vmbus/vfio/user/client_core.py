@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import IsolationFault, ProtocolError, VfioVmbusError
-from ..wire import vfio_user as wire
-from ..wire.table import Side
-from ..wire.vfio_user import Header
-from .user_client_memory import ClientMemory
+from ...errors import IsolationFault, ProtocolError, VfioVmbusError
+from ...wire import vfio_user as wire
+from ...wire.table import Side
+from ...wire.vfio_user import Header
+from .client_memory import ClientMemory
 
 MAX_DATA: Final = 1 << 20
 """Bytes of data in one message, both ways."""

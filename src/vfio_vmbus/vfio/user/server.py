@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..errors import RefusedError
-from .user_connection import Claim, Client, ServerLimits, UserConnection
-from .user_device import ServedDevice
-from .user_listener import Admission, PathListener, Peer, inherited_socket
+from ...errors import RefusedError
+from .connection import Claim, Client, ServerLimits, UserConnection
+from .device import ServedDevice
+from .listener import Admission, PathListener, Peer, inherited_socket
 
 log = logging.getLogger("vfio_vmbus.vfio")
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import DmaError, ProtocolError
-from ..memory.mapping import PAGE
-from ..memory.shared import require_sealed
-from ..wire import vfio
-from ..wire import vfio_user as wire
-from ..wire.vfio import CapabilityHeader, RegionInfo
-from . import eventfd
+from ...errors import DmaError, ProtocolError
+from ...memory.mapping import PAGE
+from ...memory.shared import require_sealed
+from ...wire import vfio
+from ...wire import vfio_user as wire
+from ...wire.vfio import CapabilityHeader, RegionInfo
+from .. import eventfd
 
 log = logging.getLogger("vfio_vmbus.vfio")
 

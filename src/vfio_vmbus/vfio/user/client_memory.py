@@ -9,8 +9,8 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from ..errors import DmaError, IsolationFault
-from ..iommu.translation import READ, WRITE
+from ...errors import DmaError, IsolationFault
+from ...iommu.translation import READ, WRITE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import select
 import threading
 from collections.abc import Callable
 
-from . import eventfd
+from .. import eventfd
 
 
 class Attendant:
