@@ -42,9 +42,12 @@ def _fetch(work: Path) -> None:
     kernels = apt.matching([rf"linux-headers-{re.escape(RELEASE)}\.[0-9]+\+deb[0-9]+-{_FLAVOUR}"])
     newest = max(kernels, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     number = newest.removeprefix("linux-headers-").removesuffix(f"-{_FLAVOUR}")
-    version = re.search(r"^Version: (\S+)$", apt.cache("show", "--no-all-versions", newest), re.MULTILINE)
-    if version is None:
-        raise UnavailableError(f"apt does not tell the version of {newest}")
+    described = apt.cache("show", "--no-all-versions", newest)
+    version, compiler = re.search(r"^Version: (\S+)$", described, re.MULTILINE), re.search(r"\bgcc-\d+\b", described)
+    if version is None or compiler is None:
+        raise UnavailableError(f"apt does not tell the version of {newest}, or the compiler that it needs")
+    if shutil.which(f"x86_64-linux-gnu-{compiler[0]}") is None:
+        raise UnavailableError(f"{compiler[0]} is not here, and modules of {newest} are to be built by it")
     kernel = [f"linux-image-{number}-{_FLAVOUR}", newest, f"linux-headers-{number}-common", f"linux-kbuild-{number}"]
     apt.get("download", *kernel, f"linux-source-{RELEASE}={version[1]}", "dpdk-kmods-dkms", cwd=work)
 
