@@ -165,6 +165,7 @@ class _DeviceDma(Dma):
     def __init__(self, maps: Maps, device: UioPciDevice) -> None:
         self._maps = maps
         self._device = device
+        self.physical = maps.physical
 
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:
         self._device.check_open()
@@ -176,7 +177,9 @@ class _DeviceDma(Dma):
 
 
 class _PinnedMaps(Maps):
-    """A map keeps memory where it is, and is refused unless the IOVA is its physical address. Huge pages need none."""
+    """A map keeps memory where it is, and is refused unless the IOVA is its physical address. Reserved huge pages need none."""
+
+    physical = True
 
     def _map(self, iova: int, piece: Piece, access: int, stack: ExitStack) -> None:
         hold_at(iova, piece, stack)

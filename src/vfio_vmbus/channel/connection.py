@@ -24,7 +24,7 @@ from ..errors import (
     VfioVmbusError,
     WaitTimeout,
 )
-from ..iommu.dma import DmaSpace
+from ..iommu.physical import buffers_for
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE
 from ..ring.pair import RingPair
@@ -65,7 +65,7 @@ class VmbusConnection:
     ) -> None:
         self.device = device
         self.timeout = timeout
-        self.space = DmaSpace(device.dma, device.dma.iova_ranges)
+        self.space = buffers_for(device.dma)
         self.offers: dict[int, act.OfferReceived] = {}
         self.rescinded: set[int] = set()
         self._bar0 = device.region(BAR0_REGION)
