@@ -17,11 +17,11 @@ _MINUTES = 5 * 60.0
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
-def kept(folder: Path, what: str, fetch: Callable[[Path], None]) -> Path:
+def kept(folder: Path, what: str, fetch: Callable[[Path], None], build: Callable[[Path], None] | None = None) -> Path:
     """`folder`/root with packages unpacked in it, made once and kept: later runs need no network.
 
-    fetch: puts .deb files into the folder that it is called with. Raises `UnavailableError` with the reason,
-    here or from `fetch`, and leaves nothing half made.
+    fetch: puts .deb files into the folder that it is called with. build: makes of the unpacked packages what is to be kept. Raises
+    `UnavailableError` with the reason, here or from `fetch`, what `build` raises, and leaves nothing half made.
     """
     root = folder / "root"
     if root.is_dir():
@@ -39,6 +39,8 @@ def kept(folder: Path, what: str, fetch: Callable[[Path], None]) -> Path:
         for package in packages:
             run(["dpkg", "-x", str(package), str(made)])
         (made / "packages.txt").write_text("".join(f"{package.stem}\n" for package in packages))
+        if build is not None:
+            build(made)
         made.rename(root)  # whole or not at all
     return root
 

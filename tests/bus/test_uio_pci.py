@@ -191,14 +191,14 @@ def test_what_is_missing_is_said_and_nothing_is_left(here: Machine) -> None:
         (folder / "resource1").unlink()
         with pytest.raises(UnavailableError, match="resource1: No such file"):
             UioPciDevice(ADDRESS, machine=here)
-        (folder / "config").unlink()
-        with pytest.raises(UnavailableError, match="config: No such file"):
-            UioPciDevice(ADDRESS, machine=here)
         (here.dev / "uio3").unlink()
         with pytest.raises(UnavailableError, match="udev hides it"):
             UioPciDevice(ADDRESS, machine=here)
         (folder / "uio/uio3").rmdir()
         with pytest.raises(UnavailableError, match="the uio module is missing"):
+            UioPciDevice(ADDRESS, machine=here)
+        (folder / "config").unlink()
+        with pytest.raises(UnavailableError, match="config: No such file"):
             UioPciDevice(ADDRESS, machine=here)
         with pytest.raises(UsageError, match="is no address"):
             UioPciDevice("../..", machine=here)

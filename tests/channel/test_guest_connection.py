@@ -18,6 +18,7 @@ from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.mapping import PAGE
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.testing.scripted_function import ScriptedFunction, card
+from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.wire import vmbus as wire
 from vfio_vmbus.wire.guids import CLASS_NETWORK, CLASS_SCSI
@@ -218,6 +219,37 @@ def test_channels_have_a_vector_each_and_no_more_open_than_there_are() -> None:
             device.close()
 
 
+def test_a_single_vector_is_the_channels() -> None:
+    """As igb_uio has it: nothing tells of messages, which come all the same."""
+    with (
+        nothing_left(objects=False),
+        ScriptedFunction(offers=[card(1), card(2)], vectors=1) as host,
+        VmbusConnection(host.device) as connection,
+    ):
+        for relid in (1, 2):
+            host.function.doorbell(relid)
+        first, second = (OfferedDevice(connection, connection.offers[relid], lambda: None) for relid in (1, 2))
+        channel = first.open(2)
+        assert [message.target_vp for message in host.heard if isinstance(message, wire.OpenChannel)] == [0]
+        with closing(first.share(PAGE, RW, "shared")):
+            eventfd.ring(host.function.vectors.fds[0])
+            assert channel.wait(5)
+        with nothing_left(), pytest.raises(UnavailableError, match="no interrupt vector left"):
+            second.open(2)
+        first.close()
+        second.open(2)
+        second.close()
+
+
+def test_a_function_without_msix_is_unavailable(host: ScriptedFunction) -> None:
+    def bend(number: int, name: str) -> None:
+        if name == "irq":
+            raise UsageError("interrupt index 2: this device has 0")
+
+    with nothing_left(), pytest.raises(UnavailableError, match=r"has no MSI-X here.*bind it to vfio-pci"):
+        VmbusConnection(BentDevice(host.device, bend))
+
+
 def test_waiting_ends_with_a_signal_or_the_time(host: ScriptedFunction) -> None:
     with open_device(host.device) as device:
         channel = device.open(2)
@@ -282,7 +314,7 @@ def test_what_is_closed_is_closed(host: ScriptedFunction) -> None:
 
 @pytest.mark.parametrize(
     ("register", "value", "said"),
-    [(reg.REG_MAGIC, 0, "no VMBus function"), (reg.REG_LAYOUT, 2, "layout 2"), (reg.REG_VECTORS, 1, "vector")],
+    [(reg.REG_MAGIC, 0, "no VMBus function"), (reg.REG_LAYOUT, 2, "layout 2"), (reg.REG_VECTORS, 0, "vector")],
 )
 def test_a_function_that_this_driver_cannot_drive_is_unavailable(
     host: ScriptedFunction, register: int, value: int, said: str

@@ -12,13 +12,13 @@ from .run import EDU_ADDRESS, Guest
 ADDRESS = EDU_ADDRESS
 _EDU = ("-device", f"edu,addr={ADDRESS[-4:]},dma_mask=0xffffffffffffffff")
 _IOMMU = ("-device", "intel-iommu,caching-mode=on")
-_MODULES = ("vfio-pci", "uio_pci_generic")
+_MODULES = ("vfio-pci", "uio_pci_generic", "igb_uio")
 
 
 class BareGuest(Guest):
-    """One boot, with an edu that reaches all memory at ADDRESS."""
+    """One boot, with an edu that reaches all memory at ADDRESS. tools: with the modules of `modules`, or without."""
 
-    preload = ("vfio_vmbus.bus.uio_pci", "vfio_vmbus.testing.conformance")
+    preload = ("vfio_vmbus.bus.noiommu", "vfio_vmbus.bus.uio_pci", "vfio_vmbus.testing.conformance")
     settings = {"NUMBA_DISABLE_JIT": "1"}
     """No data plane runs here: no kernels to bring along."""
 

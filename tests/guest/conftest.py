@@ -12,7 +12,9 @@ import pytest
 from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.errors import UnavailableError
 
+from .bare import BareGuest
 from .kernels import compiled
+from .modules import with_modules
 from .nested import HyperVGuest
 from .packages import CACHE, Tools, tools
 from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
@@ -77,3 +79,29 @@ def hyperv(programs: Tools) -> Iterator[HyperVGuest]:
     with tempfile.TemporaryDirectory(prefix="rig-") as folder, HyperVGuest(programs, Path(folder)) as guest:
         print(guest.hello)
         yield guest
+
+
+@pytest.fixture(scope="session")
+def built(programs: Tools) -> Tools | str:
+    """The programs with a kernel that has VFIO without an IOMMU and igb_uio, or why they cannot be had."""
+    try:
+        return with_modules(programs)
+    except UnavailableError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="session")
+def bare(programs: Tools, built: Tools | str) -> Iterator[BareGuest]:
+    """A guest without an IOMMU that has booted; one for all files, of which test_noiommu.py is the first: a taint stays."""
+    tools = programs if isinstance(built, str) else built
+    with tempfile.TemporaryDirectory(prefix="rig-") as folder, BareGuest(tools, Path(folder)) as guest:
+        print(guest.hello)
+        yield guest
+
+
+@pytest.fixture
+def unlocked(bare: BareGuest, built: Tools | str) -> BareGuest:
+    """The same, where it has those modules."""
+    if isinstance(built, str):
+        pytest.skip(f"modules that Debian does not build cannot be had: {built}")
+    return bare

@@ -21,9 +21,10 @@ _ALONE = (r"linux-image-6\.12\.[0-9]+\+deb13-cloud-amd64", r"busybox-static")
 
 @dataclass(frozen=True)
 class Tools:
-    """What is in the folder of unpacked packages."""
+    """What is in the folder of unpacked packages. kernel_root: where the guest's kernel is, if not there."""
 
     root: Path
+    kernel_root: Path | None = None
 
     def program(self, path: str) -> list[str]:
         """The command that runs a program of the packages by the loader and the libraries of the packages."""
@@ -49,12 +50,12 @@ class Tools:
 
     @property
     def kernel(self) -> Path:
-        return next(self.root.glob("boot/vmlinuz-*"))
+        return next((self.kernel_root or self.root).glob("boot/vmlinuz-*"))
 
     @property
     def modules(self) -> Path:
         """The folder of the kernel's modules."""
-        return next(self.root.glob("usr/lib/modules/*"))
+        return next((self.kernel_root or self.root).glob("usr/lib/modules/*"))
 
     @property
     def versions(self) -> str:

@@ -1,37 +1,21 @@
-"""UioPciDevice against a real kernel's uio_pci_generic, with QEMU's edu and no IOMMU."""
+"""UioPciDevice against a real kernel's uio_pci_generic and igb_uio, with QEMU's edu and no IOMMU."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vfio_vmbus.testing.conformance import DeviceConformance
+from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
 
 from .bare import ADDRESS, BareGuest
 from .conftest import PAYLOADS
-from .packages import Tools
+from .test_noiommu import CONFORMANCE, MAPS
 
 EDU = PAYLOADS / "uio_edu.py"
-MAPPING = {
-    "test_memory_is_mapped_and_taken_back",
-    "test_many_maps_come_and_go",
-    "test_maps_do_not_overlap",
-    "test_an_unmap_does_not_split_a_map",
-    "test_what_is_no_sealed_memory_is_refused",
-    "test_closing_twice_does_no_harm_and_the_device_can_be_opened_again",
-}
-"""They map where nothing can be mapped without an IOMMU."""
-CONFORMANCE = [name for name in dir(DeviceConformance) if name.startswith("test_") and name not in MAPPING]
-
-
-@pytest.fixture(scope="module")
-def bare(programs: Tools) -> Iterator[BareGuest]:
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, BareGuest(programs, Path(folder)) as guest:
-        print(guest.hello)
-        yield guest
+GENERIC, IGB = "uio_pci_generic", "igb_uio"
+INTERRUPTS = {GENERIC: [IRQ_INTX, 7], IGB: [IRQ_MSI, 9]}
+"""Kind and flags."""
 
 
 def test_registers_and_the_line_work_and_dma_is_refused(bare: BareGuest) -> None:
@@ -52,7 +36,7 @@ def test_registers_and_the_line_work_and_dma_is_refused(bare: BareGuest) -> None
         "command": 0,
         "64 bits": 0x12345678,
         "same bell": True,
-        "tainted": False,
+        "no traces": True,
     }
 
 
@@ -83,27 +67,51 @@ def test_what_is_refused_is_explained(bare: BareGuest) -> None:
     }
 
 
+def test_igb_uio_is_refused_without_the_switch(unlocked: BareGuest) -> None:
+    found = unlocked.run(EDU, "refused_without_switch", timeout=120, address=ADDRESS)
+    assert found.pop("said").startswith(f"UnsafeError: igb_uio of {ADDRESS} is unsafe, as nothing keeps the device within")
+    assert found == {"driver": IGB, "no traces": True}
+
+
+@pytest.fixture(params=[GENERIC, IGB])
+def driver(request: pytest.FixtureRequest) -> str:
+    if request.param == IGB:
+        request.getfixturevalue("unlocked")
+    return request.param
+
+
+def test_with_the_switch_it_reaches_all_memory_and_leaves_traces(bare: BareGuest, driver: str) -> None:
+    found = bare.run(EDU, "unsafe", timeout=120, address=ADDRESS, driver=driver)
+    (refused,) = found.pop("without CAP_SYS_RAWIO")
+    assert refused.startswith(f"UnsafeError: {driver} of {ADDRESS} is unsafe and needs CAP_SYS_RAWIO")
+    assert found.pop("elsewhere").startswith("DmaError: nothing translates for this device: byte 0 of this memory is at 0x")
+    assert found.pop("twice").startswith(f"UnavailableError: {ADDRESS} is in use: another process")
+    assert f"vfio-vmbus: {driver} of {ADDRESS} opened by user " in " | ".join(found.pop("log"))
+    assert not found.pop("master after", False)
+    assert found == {
+        "no traces before": True,
+        "isolation": "",
+        "interrupt": INTERRUPTS[driver],
+        "factorial": 3628800,
+        "dma": "all of memory",
+        "master": True,
+        "tainted": True,
+        "marks": [f"{driver} of {ADDRESS}"] * 4,  # opened twice, and asked for twice while it was in use
+    }
+
+
+def test_only_memory_that_is_there_is_mapped(bare: BareGuest, driver: str) -> None:
+    found = bare.run(EDU, "maps", timeout=120, address=ADDRESS, driver=driver)
+    assert {name: found[name].startswith(text) for name, text in MAPS.items()} == dict.fromkeys(MAPS, True), found
+
+
 @pytest.fixture(scope="module")
-def suite(bare: BareGuest) -> dict[str, str]:
-    found: dict[str, str] = bare.run(EDU, "conformance", timeout=300, address=ADDRESS, names=CONFORMANCE)
-    return found
+def suites() -> dict[str, dict[str, Any]]:
+    return {}
 
 
 @pytest.mark.parametrize("name", CONFORMANCE)
-def test_conformance(suite: dict[str, str], name: str) -> None:
-    assert suite[name] == ""
-
-
-def test_with_the_switch_it_reaches_all_memory_and_leaves_traces(bare: BareGuest) -> None:
-    """The last one: a taint stays."""
-    found = bare.run(EDU, "unsafe", timeout=120, address=ADDRESS)
-    assert found.pop("elsewhere").startswith("DmaError: nothing translates for this device: byte 0 of this memory is at 0x")
-    assert found == {
-        "tainted before": False,
-        "isolation": "",
-        "dma": "all of memory",
-        "tainted": True,
-        "marks": [f"uio_pci_generic of {ADDRESS}"],
-        "log": True,
-        "master after": 0,
-    }
+def test_conformance(bare: BareGuest, suites: dict[str, dict[str, Any]], driver: str, name: str) -> None:
+    if driver not in suites:
+        suites[driver] = bare.run(EDU, "conformance", timeout=300, address=ADDRESS, driver=driver, names=CONFORMANCE)
+    assert suites[driver][name] == ""

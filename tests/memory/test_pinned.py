@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vfio_vmbus.errors import DmaError, UsageError
-from vfio_vmbus.iommu.physical import PhysicalBuffer
+from vfio_vmbus.iommu.physical import PhysicalBuffer, PhysicalSpace
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory import pinned
 from vfio_vmbus.memory.mapping import PAGE, Mapping, Piece, merge, window
@@ -50,18 +50,47 @@ def test_without_io_uring_it_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.close()
 
 
+def makes_huge_pages() -> bool:
+    """Does the kernel make them of small ones (Linux 6.1, with shared memory's)?"""
+    with nothing_left(objects=False), PhysicalBuffer(HUGE_PAGE, READ, "huge") as buffer:
+        return buffer.pfns == tuple(range(buffer.pfns[0], buffer.pfns[0] + HUGE_PAGE // PAGE))
+
+
 @KNOWN
-def test_a_buffer_has_one_address_only_where_its_frames_are_neighbours() -> None:
-    with PhysicalBuffer(1, READ | WRITE, "one") as one:
-        assert one.size == PAGE
-        assert one.iova == one.pfns[0] * PAGE
-    with PhysicalBuffer(64 * PAGE, READ, "more") as more:
-        if more.pfns == tuple(range(more.pfns[0], more.pfns[0] + 64)):
-            assert more.iova == more.pfns[0] * PAGE
-        else:
-            with pytest.raises(DmaError, match="huge pages"):
-                _ = more.iova
-    assert more.closed
+@pytest.mark.parametrize("pages", [1, 16, HUGE_PAGE // PAGE])
+def test_a_buffer_is_in_one_piece_where_huge_pages_are_to_be_had(pages: int) -> None:
+    if not makes_huge_pages():
+        pytest.skip("this kernel makes no huge pages of small ones, and none are reserved")
+    with PhysicalBuffer(pages * PAGE, READ | WRITE, "piece") as buffer:
+        assert (buffer.size, len(buffer.pfns)) == (pages * PAGE, pages)
+        assert buffer.iova == buffer.pfns[0] * PAGE
+        with buffer.memory.map(0, PAGE, wrap_from=0) as again:  # as rings are
+            buffer.mapping.write(0, b"the same")
+            assert again.read(PAGE, 8) == b"the same"
+            assert pinned._frames(again)[0] == buffer.pfns[0]
+    assert buffer.closed
+
+
+@KNOWN
+def test_scattered_frames_have_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = pinned._frames
+    monkeypatch.setattr(pinned, "_frames", lambda mapping: tuple(2 * frame for frame in frames(mapping)))
+    with PhysicalBuffer(2 * PAGE, READ, "scattered") as buffer:
+        assert len(buffer.pfns) == 2
+        with pytest.raises(DmaError, match="huge pages"):
+            _ = buffer.iova
+
+
+@KNOWN
+def test_buffers_for_a_device_that_nothing_confines() -> None:
+    space = PhysicalSpace()
+    with nothing_left(objects=False):
+        one, two = space.buffer(1, READ), space.buffer(2 * PAGE, READ | WRITE)
+        assert (one.size, two.size) == (PAGE, 2 * PAGE)
+        assert not set(one.pfns) & set(two.pfns)
+        one.close()
+        space.close()
+        assert two.closed
 
 
 def test_frames_that_are_hidden_are_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -58,6 +58,7 @@ class UioPciDevice(Device):
         if unsafe or driver == IGB:
             allow_unsafe(f"{driver} of {self.address}", enabled=unsafe, machine=machine)
         with ExitStack() as stack:
+            stack.callback(os.close, _locked(self.address, self._folder))
             file = _open_node(self.address, self._folder, machine)
             stack.callback(os.close, file)
             self._maps = stack.enter_context(_PinnedMaps() if unsafe else _NoMaps(self.address))
@@ -164,6 +165,7 @@ class _DeviceDma(Dma):
     def __init__(self, maps: Maps, device: UioPciDevice) -> None:
         self._maps = maps
         self._device = device
+        self.physical = maps.physical
 
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:
         self._device.check_open()
@@ -175,7 +177,9 @@ class _DeviceDma(Dma):
 
 
 class _PinnedMaps(Maps):
-    """A map keeps memory where it is, and is refused unless the IOVA is its physical address. Huge pages need none."""
+    """A map keeps memory where it is, and is refused unless the IOVA is its physical address. Reserved huge pages need none."""
+
+    physical = True
 
     def _map(self, iova: int, piece: Piece, access: int, stack: ExitStack) -> None:
         hold_at(iova, piece, stack)
@@ -208,18 +212,26 @@ def _driver(address: str, machine: Machine) -> str:
     return driver
 
 
-def _open_node(address: str, folder: Path, machine: Machine) -> int:
-    """UIO lets everybody open a node; a lock keeps those out who ask for it, too."""
-    names = [name for name in machine.names(folder / "uio") if name.startswith("uio") and name[3:].isdecimal()]
-    if not names:
-        raise UnavailableError(f"{address} has no node in {machine.dev}: the uio module is missing")
-    path = machine.dev / names[0]
-    file = open_node(path, address, "udev hides it")
+def _locked(address: str, folder: Path) -> int:
+    """A descriptor whose lock keeps those out who ask for it, too. Not of the node, which UIO lets everybody open, as uio_pci_generic stops
+    the device's DMA whenever somebody closes it."""
+    try:
+        file = os.open(folder / "config", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UnavailableError(f"{folder / 'config'}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(file)
-        raise UnavailableError(f"{address} is in use: another process, or another part of this one, has {path}") from error
+        raise UnavailableError(f"{address} is in use: another process, or another part of this one, has it") from error
+    return file
+
+
+def _open_node(address: str, folder: Path, machine: Machine) -> int:
+    names = [name for name in machine.names(folder / "uio") if name.startswith("uio") and name[3:].isdecimal()]
+    if not names:
+        raise UnavailableError(f"{address} has no node in {machine.dev}: the uio module is missing")
+    file = open_node(machine.dev / names[0], address, "udev hides it")
     os.set_blocking(file, False)
     return file
 

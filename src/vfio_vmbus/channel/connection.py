@@ -24,13 +24,13 @@ from ..errors import (
     VfioVmbusError,
     WaitTimeout,
 )
-from ..iommu.dma import DmaSpace
+from ..iommu.physical import buffers_for
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import PAGE
 from ..ring.pair import RingPair
 from ..vfio import eventfd
 from ..vfio import registers as reg
-from ..vfio.device import BAR0_REGION, MSIX_IRQ, Device
+from ..vfio.device import BAR0_REGION, MSIX_IRQ, Device, Irq
 from ..vmbus import actions as act
 from ..vmbus.gpadl import whole_pages
 from ..vmbus.guest import GuestConnection
@@ -43,7 +43,7 @@ _ADMIN_PAGES = 8
 """Pages of each admin ring."""
 _BUDGET = 256
 """Messages taken before the clock is looked at: a host that never stops talking does not hold up anybody for good."""
-_NAP_SECONDS = 0.0002
+_NAP_SECONDS, _POLL_SECONDS = 0.0002, 0.002
 _GONE = (VfioVmbusError, OSError)
 """What a device or host that is no more may answer to somebody who cleans up."""
 
@@ -65,11 +65,11 @@ class VmbusConnection:
     ) -> None:
         self.device = device
         self.timeout = timeout
-        self.space = DmaSpace(device.dma, device.dma.iova_ranges)
+        self.space = buffers_for(device.dma)
         self.offers: dict[int, act.OfferReceived] = {}
         self.rescinded: set[int] = set()
         self._bar0 = device.region(BAR0_REGION)
-        self._irqs = device.irq(MSIX_IRQ)
+        self._irqs = _interrupts(device)
         self._guest = GuestConnection()
         self._events: list[act.GuestEvent] = []
         self._vectors: set[int] = set()
@@ -99,9 +99,11 @@ class VmbusConnection:
 
     def next_vector(self) -> int:
         """An interrupt vector that no channel has. Raises UnavailableError when all are in use."""
-        free = next((vector for vector in range(1, self._vector_count) if vector not in self._vectors), None)
+        free = next((vector for vector in range(self._own_vectors, self._vector_count) if vector not in self._vectors), None)
         if free is None:
-            raise UnavailableError(f"no interrupt vector left for a channel: the device has {self._vector_count}, one for itself")
+            raise UnavailableError(
+                f"no interrupt vector left for a channel: the device has {self._vector_count}, {self._own_vectors} of them for itself"
+            )
         return free
 
     def enable_vector(self, vector: int, eventfd: int) -> None:
@@ -188,6 +190,7 @@ class VmbusConnection:
             raise UnavailableError(f"{self.device.info.name} has register layout {layout}, this driver knows {reg.LAYOUT}")
         self._doorbells = self._bar0.read32(reg.REG_CHANNELS)
         self._vector_count = min(self._bar0.read32(reg.REG_VECTORS), self._irqs.count)
+        self._own_vectors = int(self._vector_count > 1)  # where there is but one, a channel gets it, and the admin ring is polled
 
     def _start_admin(self) -> None:
         """Start the admin ring. What is made on the way is given back in reverse order, the device's reset first."""
@@ -198,8 +201,9 @@ class VmbusConnection:
         buffer = self.space.buffer(2 * _ADMIN_PAGES * PAGE, READ | WRITE, "admin-ring")
         pair = RingPair.fresh(buffer.memory, 0, _ADMIN_PAGES * PAGE, buffer.size, self.doorbell(0), "admin ring")
         clean_up(pair.close)
-        self.enable_vector(0, self._interrupt)
-        clean_up(quietly, self.disable_vector, 0)
+        if self._own_vectors:
+            self.enable_vector(0, self._interrupt)
+            clean_up(quietly, self.disable_vector, 0)
         clean_up(quietly, self._bar0.write32, reg.REG_CONTROL, reg.CONTROL_RESET)
         self._bar0.write64(reg.REG_ADMIN_IOVA, buffer.iova)
         self._bar0.write32(reg.REG_ADMIN_UPSTREAM, _ADMIN_PAGES)
@@ -305,9 +309,19 @@ class VmbusConnection:
             if left <= 0:
                 raise self._out_of_time(awaited, seconds)
             if not busy and not self._admin.incoming.unmask():
-                poller.poll(min(left, 0.5) * 1000)
-                if eventfd.take(self._interrupt):
+                poller.poll(min(left, 0.5 if self._own_vectors else _POLL_SECONDS) * 1000)
+                if eventfd.take(self._interrupt) or not self._own_vectors:
                     self._check_alive()
+
+
+def _interrupts(device: Device) -> Irq:
+    """Raises UnavailableError."""
+    try:
+        return device.irq(MSIX_IRQ)
+    except UsageError as error:
+        raise UnavailableError(
+            f"{device.info.name} has no MSI-X here, which a VMBus function interrupts by ({error}): bind it to vfio-pci, or to igb_uio"
+        ) from error
 
 
 def quietly(call: Callable[..., object], *arguments: object) -> None:

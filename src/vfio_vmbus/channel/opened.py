@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from ..errors import ProtocolError, RefusedError, RescindedError, UnavailableError, UsageError
-from ..iommu.dma import DmaBuffer, DmaSpace
+from ..iommu.dma import DmaBuffer
+from ..iommu.physical import buffers_for
 from ..iommu.translation import WRITE
 from ..memory.mapping import PAGE
 from ..ring.pair import RingPair
@@ -92,7 +93,7 @@ class OpenedDevice(VmbusDevice):
 
     def __init__(self, device: Device, closed: Callable[[], None] = lambda: None) -> None:
         self.device = device
-        self.space = DmaSpace(device.dma)
+        self.space = buffers_for(device.dma)
         try:
             self._registers = device.region(wire.REGION_REGISTERS)
         except UsageError as error:

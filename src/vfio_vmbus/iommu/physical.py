@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Protocol
+
 from ..errors import DmaError
 from ..memory.mapping import PAGE
 from ..memory.pinned import PinnedMemory
-from .dma import DmaBuffer
+from ..memory.shared import HUGE_PAGE
+from .dma import DmaBuffer, DmaSpace, Mapper
 
 
 class PhysicalBuffer(DmaBuffer):
-    """`size` bytes (rounded up to pages) of pinned memory; `pfns` are physical page frames.
+    """`size` bytes (rounded up to pages) of pinned memory; `pfns` are physical page frames. `memory` and `mapping` may be longer: where
+    small pages are scattered, what fits into huge ones takes whole ones.
 
     Nothing keeps the device within it: `access` is a wish. Raises DmaError as PinnedMemory does.
     """
@@ -18,22 +23,23 @@ class PhysicalBuffer(DmaBuffer):
         self.size = -(-size // PAGE) * PAGE
         self.access = access
         self.closed = False
-        self._pinned = PinnedMemory(self.size, name)
+        self._pinned = _in_one_piece(self.size, name)
         self.memory = self._pinned.memory
         self.mapping = self._pinned.mapping
 
     @property
     def iova(self) -> int:
         """Raises DmaError where the frames are no neighbours."""
-        if not self._pinned.contiguous:
+        first = self.pfns[0]
+        if self.pfns != tuple(range(first, first + self.size // PAGE)):
             raise DmaError(
                 f"{self.size} bytes of neighbouring page frames are not to be had: reserve huge pages (sysctl vm.nr_hugepages=64)"
             )
-        return self._pinned.frames[0] * PAGE
+        return first * PAGE
 
     @property
     def pfns(self) -> tuple[int, ...]:
-        return self._pinned.frames
+        return self._pinned.frames[: self.size // PAGE]
 
     @property
     def pinned(self) -> bool:
@@ -43,3 +49,48 @@ class PhysicalBuffer(DmaBuffer):
     def close(self) -> None:
         self.closed = True
         self._pinned.close()
+
+
+class PhysicalSpace:
+    """Buffers for a device that nothing confines: as `DmaSpace`, with the addresses that the memory has. Stop the device before they are
+    closed: nobody takes them back from it."""
+
+    def __init__(self) -> None:
+        self._buffers: list[PhysicalBuffer] = []
+
+    def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
+        """A zeroed buffer of `size` bytes (rounded up to pages). Raises UsageError for a size that is not positive, DmaError."""
+        made = PhysicalBuffer(size, access, name)
+        self._buffers = [other for other in self._buffers if not other.closed]
+        self._buffers.append(made)
+        return made
+
+    def close(self) -> None:
+        """Close every buffer that is left."""
+        with ExitStack() as stack:
+            for buffer in self._buffers:
+                stack.callback(buffer.close)
+            self._buffers = []
+
+
+class DeviceDma(Mapper, Protocol):
+    """What a device says of its addresses: `vfio.device.Dma`."""
+
+    iova_ranges: tuple[tuple[int, int], ...]
+    physical: bool
+
+
+def buffers_for(dma: DeviceDma) -> DmaSpace | PhysicalSpace:
+    """Where a device's buffers come from."""
+    return PhysicalSpace() if dma.physical else DmaSpace(dma, dma.iova_ranges)
+
+
+def _in_one_piece(size: int, name: str) -> PinnedMemory:
+    """Memory of this size whose frames are neighbours, if that is to be had by taking huge pages; if not, where it is."""
+    small = PinnedMemory(size, name)
+    if small.contiguous or size % HUGE_PAGE == 0:
+        return small
+    large = PinnedMemory(-(-size // HUGE_PAGE) * HUGE_PAGE, name)
+    taken, left = (large, small) if large.contiguous else (small, large)
+    left.close()
+    return taken

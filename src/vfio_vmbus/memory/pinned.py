@@ -2,7 +2,8 @@
 
 Locked memory may still be moved to other frames (compaction, memory hot-plug); only pinned memory may not. What pins memory for a
 process that has no VFIO device is io_uring, whose registered buffers the kernel keeps in place (FOLL_LONGTERM). Frame numbers come from
-/proc/self/pagemap. Sources: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/io_uring.h, io_uring/rsrc.c of Linux 6.12.
+/proc/self/pagemap. Sources: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/io_uring.h, io_uring/rsrc.c,
+mm/khugepaged.c (madvise_collapse) of Linux 6.12.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import ctypes
 import mmap
 import os
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from ..errors import DmaError
-from .mapping import PAGE, Mapping
+from .mapping import PAGE, Mapping, Piece
 from .shared import HUGE_PAGE, SharedMemory
 
 _IO_URING_SETUP, _IO_URING_REGISTER = 425, 427
@@ -24,7 +25,7 @@ _PARAMETERS = 120
 _PAGEMAP = "/proc/self/pagemap"
 _PRESENT = 1 << 63
 _FRAME = (1 << 55) - 1
-_MADV_DONTFORK = 10
+_MADV_DONTFORK, _MADV_COLLAPSE = 10, 25
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -34,7 +35,8 @@ class PinnedMemory:
     """`size` bytes, a multiple of 4096, that stay where they are: zeroed, not inherited by children.
 
     `frames`: the number of each 4096-byte page's frame, whatever the CPU's page size is. `pinned`: False where the kernel has no
-    io_uring for us and the memory is locked only. Huge pages are taken where they fit and are to be had.
+    io_uring for us and the memory is locked only. What is a multiple of HUGE_PAGE is of huge pages, if they are to be had: made of small
+    ones on the spot (Linux 6.1 and later), or else those that are reserved.
     Raises DmaError: nothing to pin it with, or nobody who may know the frames (CAP_SYS_ADMIN).
     """
 
@@ -65,19 +67,30 @@ def hold(mapping: Mapping, stack: ExitStack) -> tuple[bool, tuple[int, ...]]:
 
 
 def _allocate(size: int, name: str, stack: ExitStack) -> tuple[SharedMemory, Mapping]:
-    for huge in (True, False) if size % HUGE_PAGE == 0 else (False,):
-        try:
-            with ExitStack() as attempt:
-                memory = attempt.enter_context(SharedMemory(size, name, huge=huge))
-                mapping = attempt.enter_context(memory.map())
-                stack.enter_context(attempt.pop_all())
-        except OSError as error:
-            if not huge:
-                raise DmaError(f"{size} bytes of memory: {error}") from error
-            continue
-        _libc.madvise(ctypes.c_void_p(mapping.address), ctypes.c_size_t(size), _MADV_DONTFORK)
-        return memory, mapping
-    raise AssertionError("the last kind of page returns or raises")
+    if size % HUGE_PAGE == 0:
+        for huge in (False, True):
+            with suppress(OSError), ExitStack() as attempt:
+                found = _mapped(size, name, huge, attempt)
+                if huge or _advise(found[1], _MADV_COLLAPSE):
+                    stack.enter_context(attempt.pop_all())
+                    return found
+    try:
+        return _mapped(size, name, False, stack)
+    except OSError as error:
+        raise DmaError(f"{size} bytes of memory: {error}") from error
+
+
+def _mapped(size: int, name: str, huge: bool, stack: ExitStack) -> tuple[SharedMemory, Mapping]:
+    memory = stack.enter_context(SharedMemory(size, name, huge=huge))
+    align = mmap.PAGESIZE if size % HUGE_PAGE else HUGE_PAGE
+    mapping = stack.enter_context(Mapping([Piece(memory.fd, 0, size)], align=align))
+    _advise(mapping, _MADV_DONTFORK)
+    return memory, mapping
+
+
+def _advise(mapping: Mapping, advice: int) -> bool:
+    """Did the kernel take it?"""
+    return _libc.madvise(ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.size), advice) == 0
 
 
 def _pin(mapping: Mapping, stack: ExitStack) -> bool:

@@ -109,10 +109,12 @@ class Irq(ABC):
 class Dma(ABC):
     """The device's IO address space.
 
-    iova_ranges: (start, end) of what may be mapped, `end` not being one of them; empty where all may.
+    iova_ranges: (start, end) of what may be mapped, `end` not being one of them; empty where all may. physical: nothing translates, an
+    IOVA is a physical address of this machine: `iommu.physical.PhysicalBuffer` has such, and `buffers_for` takes note.
     """
 
     iova_ranges: tuple[tuple[int, int], ...] = ()
+    physical: bool = False
 
     @abstractmethod
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:

@@ -1,73 +1,42 @@
-"""edu through uio_pci_generic: registers and INTx; no DMA without the switch, and with it all of memory."""
+"""edu through uio_pci_generic (registers and INTx; no DMA without the switch) and igb_uio (MSI; never without the switch)."""
 
 from __future__ import annotations
 
 import os
 import select
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from vfio_vmbus.bus import binding, pci
-from vfio_vmbus.bus.machine import Machine
+from guest.payloads.unsafe_edu import (
+    Report,
+    both_ways,
+    bound,
+    command,
+    edu,
+    physical_maps,
+    results,
+    said,
+    traces,
+    without_rawio,
+)
+
+from vfio_vmbus.bus import pci
 from vfio_vmbus.bus.noiommu import open_without_iommu
-from vfio_vmbus.bus.policy import unsafe_uses
-from vfio_vmbus.bus.uio_pci import GENERIC, UioPciDevice
-from vfio_vmbus.errors import VfioVmbusError
+from vfio_vmbus.bus.uio_pci import GENERIC, IGB, UioPciDevice
 from vfio_vmbus.iommu.physical import PhysicalBuffer
 from vfio_vmbus.iommu.translation import READ, WRITE
-from vfio_vmbus.memory import signal  # noqa: F401  (which sets up what it keeps once a process, and does not survive a fork)
 from vfio_vmbus.testing.conformance import DeviceConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, Device, Irq
 from vfio_vmbus.wire.pci import COMMAND_INTX_DISABLE, COMMAND_MASTER
-from vfio_vmbus.wire.vfio import IRQ_INTX
-
-sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
-import edu
-
-STATE = Path("/dev/shm/vfio-vmbus")
-TEXT = b"all of memory"
-Report = Callable[[Any], None]
-
-
-@contextmanager
-def bound(address: str, driver: str = GENERIC) -> Iterator[None]:
-    """The device is `driver`'s, and then whose it was."""
-    before = pci.look(address)
-    binding.bind(address, driver, state=STATE)
-    try:
-        yield
-    finally:
-        binding.unbind(address, state=STATE)
-        assert pci.look(address) == before
-
-
-def said(what: Callable[[], object]) -> str:
-    """The error, by name."""
-    try:
-        what()
-    except VfioVmbusError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def command(device: Device) -> int:
-    return int.from_bytes(device.region(CONFIG_REGION).read(4, 2), "little")
-
-
-def tainted() -> bool:
-    return bool(int(Path("/proc/sys/kernel/tainted").read_text()) >> 6 & 1)
+from vfio_vmbus.wire.vfio import IRQ_INTX, IRQ_MSI
 
 
 def registers(report: Report, address: str) -> dict[str, Any]:
     """Registers, configuration space and the line, without the switch; what is refused."""
-    with bound(address), nothing_left(objects=False), UioPciDevice(address) as device, edu.Edu(device) as driver:
+    before = traces()
+    with bound(address, GENERIC), nothing_left(objects=False), UioPciDevice(address) as device, edu.Edu(device) as driver:
         bar, space = device.region(BAR0_REGION), device.region(CONFIG_REGION)
         found: dict[str, Any] = {
             "isolation": device.info.isolation,
@@ -89,13 +58,13 @@ def registers(report: Report, address: str) -> dict[str, Any]:
         eventfd.ring(bell)
         driver.wait(1)
         found["same bell"] = bar.doorbell(edu.INTERRUPT_RAISE) == bell
-        found["tainted"] = tainted()
+        found["no traces"] = traces() == before
         return found
 
 
 def confined(report: Report, address: str) -> str:
     """What edu wrote to memory that it was told of all the same."""
-    with bound(address), UioPciDevice(address) as device, PhysicalBuffer(4096, READ | WRITE, "victim") as memory:
+    with bound(address, GENERIC), UioPciDevice(address) as device, PhysicalBuffer(4096, READ | WRITE, "victim") as memory:
         bar = device.region(BAR0_REGION)
         memory.mapping.write(0, b"as it was")
         bar.write64(edu.DMA_SOURCE, edu.BUFFER)
@@ -110,7 +79,7 @@ def confined(report: Report, address: str) -> str:
 
 def level(report: Report, address: str) -> dict[str, Any]:
     """A line that is masked when it falls, until it is unmasked, and that a driver may mask."""
-    with bound(address), UioPciDevice(address) as device:
+    with bound(address, GENERIC), UioPciDevice(address) as device:
         bar, irq = device.region(BAR0_REGION), device.irq(IRQ_INTX)
         mine = os.eventfd(0, os.EFD_NONBLOCK)
 
@@ -138,50 +107,30 @@ def level(report: Report, address: str) -> dict[str, Any]:
         return found
 
 
-def unsafe(report: Report, address: str) -> dict[str, Any]:
-    """With the switch: DMA both ways by physical addresses, and the traces of it."""
-    found: dict[str, Any] = {"tainted before": tainted()}
-    with bound(address), UioPciDevice(address, unsafe=True) as device, edu.Edu(device) as driver:
-        found["isolation"] = device.info.isolation
-        found["elsewhere"] = said(driver.buffer)
-        with PhysicalBuffer(4096, READ | WRITE, "one") as one, PhysicalBuffer(4096, READ | WRITE, "two") as two:
-            for each in (one, two):
-                device.dma.map(each.iova, each.memory.fd, 0, each.size, READ | WRITE)
-            one.mapping.write(0, TEXT)
-            copy(device, driver, one.iova, edu.BUFFER, 0)
-            copy(device, driver, edu.BUFFER, two.iova, edu.DMA_FROM_DEVICE)
-            found["dma"] = two.mapping.read(0, len(TEXT)).decode(errors="replace")
-            for each in (one, two):
-                device.dma.unmap(each.iova, each.size)
-    found["tainted"] = tainted()
-    found["marks"] = [use.what for use in unsafe_uses(Machine())]
-    found["log"] = any("unsafe" in line for line in kernel_log())
-    with bound(address), UioPciDevice(address) as device:
-        found["master after"] = command(device) & COMMAND_MASTER
+def unsafe(report: Report, address: str, driver: str) -> dict[str, Any]:
+    """With the switch, through `driver`: interrupts, DMA both ways by physical addresses, and the traces of it."""
+    found: dict[str, Any] = {}
+    with bound(address, driver):
+        before = traces()
+        found["without CAP_SYS_RAWIO"] = without_rawio(lambda: UioPciDevice(address, unsafe=True))
+        found["no traces before"] = traces() == before
+        for _ in range(2):
+            with UioPciDevice(address, unsafe=True) as device, edu.Edu(device) as card:
+                found["isolation"] = device.info.isolation
+                found["interrupt"] = (card.irq.index, card.irq.flags)
+                found["factorial"] = card.factorial(10)
+                found["elsewhere"] = said(card.buffer)
+                found["twice"] = said(lambda: UioPciDevice(address, unsafe=True))
+                found["dma"] = both_ways(device, card)
+                found["master"] = bool(command(device) & COMMAND_MASTER)
+        after = traces()
+        found["tainted"] = after.tainted
+        found["marks"] = list(after.marks)
+        found["log"] = [line for line in after.lines if line not in before.lines and address in line]
+    if driver == GENERIC:
+        with bound(address, GENERIC), UioPciDevice(address) as device:
+            found["master after"] = bool(command(device) & COMMAND_MASTER)
     return found
-
-
-def copy(device: Device, driver: edu.Edu, source: int, destination: int, direction: int) -> None:
-    """As Edu's, with addresses of 64 bits."""
-    bar = device.region(BAR0_REGION)
-    bar.write64(edu.DMA_SOURCE, source)
-    bar.write64(edu.DMA_DESTINATION, destination)
-    bar.write32(edu.DMA_COUNT, len(TEXT))
-    bar.write32(edu.DMA_COMMAND, edu.DMA_START | direction | edu.DMA_INTERRUPT)
-    driver.wait(edu.INTERRUPT_DMA)
-
-
-def kernel_log() -> list[str]:
-    """What is in it by now."""
-    lines = []
-    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        while True:
-            lines.append(os.read(log, 8192).decode(errors="replace"))
-    except BlockingIOError:
-        return lines
-    finally:
-        os.close(log)
 
 
 def refusals(report: Report, address: str) -> dict[str, str]:
@@ -192,37 +141,47 @@ def refusals(report: Report, address: str) -> dict[str, str]:
     return found
 
 
+def refused_without_switch(report: Report, address: str) -> dict[str, Any]:
+    """igb_uio's device, for which there is nothing but the unsafe way."""
+    before = traces()
+    with bound(address, IGB):
+        found: dict[str, Any] = {"said": said(lambda: UioPciDevice(address)), "driver": pci.look(address).driver}
+    found["no traces"] = traces() == before
+    return found
+
+
 class UioConformance(DeviceConformance):
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, driver: str) -> None:
         self.address = address
+        self.unsafe, self.index = (True, IRQ_MSI) if driver == IGB else (False, IRQ_INTX)
 
     def open(self) -> Device:
-        return UioPciDevice(self.address)
+        return UioPciDevice(self.address, unsafe=self.unsafe)
 
     def trigger(self, device: Device) -> tuple[Irq, int]:
-        """Raise the interrupt, wait until it was passed on if anybody is to be told, take it back, and let the line through again."""
+        """Raise the interrupt, wait until it was passed on if anybody is to be told, take it back, and let a line through again."""
         assert isinstance(device, UioPciDevice)
-        bar, irq = device.region(BAR0_REGION), device.uio_irq(IRQ_INTX)
+        bar, irq = device.region(BAR0_REGION), device.uio_irq(self.index)
         before, enabled = irq.passed, irq.enabled
         bar.write32(edu.INTERRUPT_RAISE, 1)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while enabled and irq.passed == before:
             assert time.monotonic() < until, "no interrupt arrived"
         bar.write32(edu.INTERRUPT_ACKNOWLEDGE, 1)
-        if enabled:
+        if enabled and self.index == IRQ_INTX:
             irq.unmask(0)
         return irq, 0
 
 
-def conformance(report: Report, address: str, names: list[str]) -> dict[str, str]:
-    """What went wrong, by the name of the test; "" where nothing did."""
-    suite = UioConformance(address)
-    found = {}
-    with bound(address):
-        for name in names:
-            try:
-                getattr(suite, name)()
-                found[name] = ""
-            except Exception:
-                found[name] = traceback.format_exc()
-    return found
+def conformance(report: Report, address: str, driver: str, names: list[str]) -> dict[str, str]:
+    """What went wrong, by the name of the test."""
+    with bound(address, driver):
+        suite = UioConformance(address, driver)
+        suite.open().close()  # what is made once a process, a mark, is made
+        return results(suite, names)
+
+
+def maps(report: Report, address: str, driver: str) -> dict[str, str]:
+    """Maps of physical memory."""
+    with bound(address, driver):
+        return physical_maps(lambda: UioPciDevice(address, unsafe=True))

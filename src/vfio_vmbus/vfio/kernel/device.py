@@ -46,6 +46,7 @@ class _Maps(Dma):
         self._space = space
         self._device = device
         self.iova_ranges = space.iova_ranges
+        self.physical = space.physical
 
     def map(self, iova: int, fd: int, offset: int, size: int, access: int) -> None:
         self._device.fileno()

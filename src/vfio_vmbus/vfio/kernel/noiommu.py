@@ -27,8 +27,10 @@ class NoIommu(AddressSpace):
     """One device's container and group, /dev/vfio/noiommu-NUMBER. allow: is asked first of all.
 
     A map keeps memory where it is, and is refused unless the IOVA is its physical address (`iommu.physical.PhysicalBuffer`).
-    A buffer of huge pages is not taken, and needs no map: it stays where it is by itself.
+    Reserved huge pages are not taken, and need no map: they stay where they are by themselves.
     """
+
+    physical = True
 
     def __init__(self, address: str, allow: Allow, roots: Roots = Roots()) -> None:  # noqa: B008  (frozen)
         super().__init__()
