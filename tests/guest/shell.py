@@ -6,9 +6,8 @@ space, the exit status and a newline. Each command runs in a subshell, so that w
 
 from __future__ import annotations
 
-import os
 import re
-import select
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,21 +60,31 @@ def shell_image(
 
 
 class Shell:
-    """Commands in the guest, one after the other. `said` is all that came over the console.
+    """Commands in the guest, one after the other; one thread uses it. `said` is all that came over the console.
 
-    read, write: file descriptors of the console's two directions. gone: says why nothing more will come, or None.
+    send: brings bytes to the console. gone: says why nothing more will come, or None.
     """
 
-    def __init__(self, read: int, write: int, gone: Callable[[], str | None] = lambda: None) -> None:
-        self.said = b""
-        self._read = read
-        self._write = write
+    def __init__(self, send: Callable[[bytes], object], gone: Callable[[], object | None] = lambda: None) -> None:
+        self.said = bytearray()
+        self._line = 0  # where the last one begins
+        self._send = send
         self._gone = gone
+        self._news = threading.Condition()
         self._number = 0
         self._at = 0
 
+    def write(self, data: bytes) -> None:
+        """The guest says this (`vm.console.Console`); from any thread."""
+        with self._news:
+            self.said += data
+            if data.endswith(b"\n"):
+                if b"\x02" in self.said[self._line :] or b"\x03" in self.said[self._line :]:
+                    self._news.notify()  # only then: whoever waits would take time from the guest's CPUs
+                self._line = len(self.said)
+
     def ready(self, timeout: float = 120.0) -> float:
-        """Wait for the guest's user space; the seconds that its kernel had taken for it."""
+        """Wait for the guest's user space; the seconds that its kernel had run by then."""
         return float(self._until(_READY, "its user space is ready", timeout)[1])
 
     def run(self, command: str, timeout: float = 60.0) -> str:
@@ -93,9 +102,7 @@ class Shell:
     def send(self, command: str) -> None:
         """A command whose `answer` is asked for later, or never."""
         self._number += 1
-        line = f"{self._number} {command}\n".encode()
-        while line:
-            line = line[os.write(self._write, line) :]
+        self._send(f"{self._number} {command}\n".encode())
 
     def answer(self, timeout: float = 60.0) -> tuple[int, str]:
         """What the last command that was sent says, as `status`."""
@@ -104,31 +111,20 @@ class Shell:
         found = self._until(pattern, f"command {self._number} has ended", timeout)
         return int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n").removesuffix("\n")
 
-    def collect(self, timeout: float) -> bool:
-        """Take what comes next; False when nothing came in time, or nothing will."""
-        if not select.select([self._read], [], [], timeout)[0]:
-            return False
-        try:
-            data = os.read(self._read, 1 << 16)
-        except OSError:  # a terminal whose other end is closed
-            data = b""
-        self.said += data
-        return bool(data)
-
     def tail(self, lines: int = 20) -> str:
         text = self.said.decode(errors="replace").replace("\r\n", "\n")
         return "--- the end of the guest's console:\n" + "\n".join(text.splitlines()[-lines:])
 
     def _until(self, pattern: re.Pattern[bytes], what: str, timeout: float) -> re.Match[bytes]:
         end = time.monotonic() + timeout
-        while True:
-            if found := pattern.search(self.said, self._at):
-                self._at = found.end()
-                return found
-            if not self.collect(0.2) and (why := self._gone()):
-                while self.collect(0.0):
-                    pass
-                if not pattern.search(self.said, self._at):
-                    raise ShellError(f"the guest is gone before {what}: {why}\n{self.tail()}")
-            elif time.monotonic() > end:
-                raise ShellError(f"not within {timeout:.0f} s: {what}\n{self.tail()}")
+        with self._news:
+            while True:
+                gone = self._gone()  # asked first: what it said before is here then
+                if found := pattern.search(self.said, self._at):
+                    self._at = found.end()
+                    return found
+                if gone is not None:
+                    raise ShellError(f"the guest is gone before {what}: {gone}\n{self.tail()}")
+                if time.monotonic() > end:
+                    raise ShellError(f"not within {timeout:.0f} s: {what}\n{self.tail()}")
+                self._news.wait(0.2)
