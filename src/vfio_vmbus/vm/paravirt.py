@@ -21,7 +21,7 @@ class Hypercall(NamedTuple):
 
 
 class Paravirt(Protocol):
-    """In the order of the calls. From `hypercall` on they come from the thread of the vCPU `vp`, several at once; none may wait for long."""
+    """In the order of the calls. From `hypercall` on they come from the vCPU's own thread, several at once; none may wait for long."""
 
     def prepare(self, vm: Vm, memory: GuestMemory, panic: Callable[[str], None]) -> None:
         """The machine has its memory and interrupt controllers, and no vCPU yet. panic(text): the guest says that it is lost; to be called
