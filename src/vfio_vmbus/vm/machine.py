@@ -135,7 +135,7 @@ class Machine:
             self.vm.set_memory(slot, image.gpa, image.size, image.address)
         if self._paravirt is not None:
             stack.callback(self._paravirt.close)
-            self._paravirt.prepare(self.vm, self.memory, self.panic)
+            self._paravirt.prepare(self.vm, self.memory, cpus, self.panic)
         self._vcpus: list[Vcpu] = []
         xsave = not emulated()
         for index in range(cpus):

@@ -21,11 +21,11 @@ class Hypercall(NamedTuple):
 
 
 class Paravirt(Protocol):
-    """In the order of the calls. From `hypercall` on they come from the thread of the vCPU `vp`, several at once; none may wait for long."""
+    """In the order of the calls. From `hypercall` on they come from the vCPU's own thread, several at once; none may wait for long."""
 
-    def prepare(self, vm: Vm, memory: GuestMemory, panic: Callable[[str], None]) -> None:
-        """The machine has its memory and interrupt controllers, and no vCPU yet. panic(text): the guest says that it is lost; to be called
-        from any thread."""
+    def prepare(self, vm: Vm, memory: GuestMemory, cpus: int, panic: Callable[[str], None]) -> None:
+        """The machine has its memory and interrupt controllers, and none of its `cpus` vCPUs yet. panic(text): the guest says that it is
+        lost; to be called from any thread."""
 
     def prepare_vcpu(self, vcpu: Vcpu) -> None:
         """A new vCPU, before it has its CPUID; it does not run yet, so its ioctls can be called."""
