@@ -1,5 +1,7 @@
 """The monitor page: how a guest signals a channel without a hypercall. The host looks at it every so many microseconds.
 
+A guest has two, and signals in the second one of its INITIATE_CONTACT.
+
 A channel whose offer says so has a number; its group of 32 is number / 32, its bit number % 32. The guest sets that bit in `pending` of
 the group, atomically: all channels of the guest share the page. Source: drivers/hv/hyperv_vmbus.h of Linux 6.12 (struct hv_monitor_page).
 """
@@ -29,6 +31,11 @@ class MonitorPage(Struct):
     reserved: U32 = 0
     groups: Annotated[tuple[TriggerGroup, ...], Array(TriggerGroup, GROUPS)] = (TriggerGroup(),) * GROUPS
     rest: Annotated[bytes, Raw(4056)] = bytes(4056)
+
+
+def number_of(relid: int) -> int | None:
+    """The number that our host gives a channel in the page; None for those that it has no bit for."""
+    return relid - 1 if relid <= GROUPS * BITS_PER_GROUP else None
 
 
 def pending_bit(number: int) -> tuple[int, int]:
