@@ -110,7 +110,7 @@ def _page(rig: Card, stream: Stream) -> int:
 def _check(rig: Card) -> None:
     """Let the host take everything, and look at where its frames lie."""
     record = rig.record
-    domain = rig.host.connection(rig.function).function.domain
+    domain = rig.host.connection(rig.function).domain
     allowed = [(entry.address, entry.size) for entry in domain.maps if entry.access & READ]
     allowed += [(int(record["send"]), int(record["send_sections"]) * int(record["send_section"]))]
     allowed += [(int(record["stage"]), STAGE_SLOTS * STAGE_SLOT)]

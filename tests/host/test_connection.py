@@ -246,7 +246,7 @@ def test_taking_a_device_away_from_a_client_with_a_broken_ring_is_no_trouble_of_
 
 
 def test_pages_that_are_not_the_clients_make_no_gpadl(host: EmbeddedHost, client: RawClient, witness: RawClient) -> None:
-    faults = connection(host, client).function.domain.fault_count
+    faults = connection(host, client).domain.fault_count
     with client.memory(2) as mine, witness.memory(2) as foreign:
         theirs = foreign.iova + (64 << 20)  # where the client itself has nothing
         witness.device.dma.map(theirs, foreign.memory.fd, 0, 2 * PAGE, RW)
@@ -263,7 +263,7 @@ def test_pages_that_are_not_the_clients_make_no_gpadl(host: EmbeddedHost, client
         ]
         for pfns in wrong:
             assert client.share(pfns).status == wire.STATUS_INVALID_PARAMETER
-        assert connection(host, client).function.domain.fault_count == faults + len(wrong)
+        assert connection(host, client).domain.fault_count == faults + len(wrong)
         assert connection(host, client).error_count >= len(wrong)
         assert client.share(mine.pfns).status == 0
         client.unshare(client._handle)
@@ -511,7 +511,7 @@ def test_a_client_that_reads_no_answers_holds_up_nobody_but_itself(
     requests = 600  # of 24 + 16 bytes, answers likewise: beyond both rings
     said = threading.Thread(target=lambda: client.say(*[wire.OpenChannel(child_relid=9)] * requests))
     said.start()
-    waiting = connection(host, client)
+    waiting = connection(host, client).carrier
     eventually(lambda: len(waiting._outbox) > 0, "answers wait")
     witness.ping()
     assert len(waiting._outbox) < 10
@@ -526,9 +526,9 @@ def test_a_client_that_reads_no_answers_holds_up_nobody_but_itself(
 def test_a_reset_while_answers_wait(host: EmbeddedHost, client: RawClient) -> None:
     fill(client)
     client.say(*[wire.ModifyChannel(child_relid=9, target_vp=0)] * 8)
-    eventually(lambda: len(connection(host, client)._outbox) > 0, "answers wait")
+    eventually(lambda: len(connection(host, client).carrier._outbox) > 0, "answers wait")
     usable_again(client)
-    assert len(connection(host, client)._outbox) == 0
+    assert len(connection(host, client).carrier._outbox) == 0
 
 
 def test_a_doorbell_that_its_client_steals_and_makes_blocking_stops_nobody(client: RawClient, witness: RawClient) -> None:

@@ -231,7 +231,7 @@ def test_channels_interrupt_where_their_client_says(host: EmbeddedHost, client: 
     pair, _ = opened(client)
     context = echo.context
     assert context is not None
-    fds = host.connection(client.device).function.vectors.fds  # type: ignore[arg-type]
+    fds = host.connection(client.device).carrier.function.vectors.fds  # type: ignore[arg-type]
     with pair:
         assert context.pair.outgoing._state["doorbell"] == fds[1]
         client.say(wire.ModifyChannel(child_relid=1, target_vp=7))

@@ -73,7 +73,7 @@ class Driver:
 
     def memory(self, host: EmbeddedHost, name: str) -> DmaMap:
         """The map of its memory with this name."""
-        maps = host.connection(self.device.connection.device).function.domain.maps  # type: ignore[arg-type]
+        maps = host.connection(self.device.connection.device).domain.maps  # type: ignore[arg-type]
         return next(entry for entry in maps if f"/memfd:{name} " in os.readlink(f"/proc/self/fd/{entry.fd}"))
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ def goes_on(bystander: Driver) -> None:
 def test_memory_of_a_gpadl_goes_under_traffic(host: EmbeddedHost, bystander: Driver, attacker: Driver, name: str) -> None:
     gone = attacker.memory(host, name)
     device = attacker.device.connection.device
-    domain = host.connection(device).function.domain  # type: ignore[arg-type]
+    domain = host.connection(device).domain  # type: ignore[arg-type]
     device.dma.unmap(gone.iova, gone.size)
     assert gone not in domain.maps
     assert domain.access(gone.iova, gone.size) == 0
@@ -132,7 +132,7 @@ def test_memory_of_a_gpadl_goes_under_traffic(host: EmbeddedHost, bystander: Dri
 def test_memory_of_packets_goes_and_comes_under_traffic(host: EmbeddedHost, bystander: Driver, attacker: Driver) -> None:
     """No GPADL: each packet that names it is refused, and the card goes on. Mapped again, its frames pass again."""
     connection = host.connection(attacker.device.connection.device)  # type: ignore[arg-type]
-    domain, device, card = connection.function.domain, attacker.device.connection.device, host.nics["attacker"]
+    domain, device, card = connection.domain, attacker.device.connection.device, host.nics["attacker"]
     for _ in range(3):
         pool = attacker.memory(host, "send-pool")
         faults = domain.fault_count
@@ -166,7 +166,7 @@ def test_a_card_is_taken_away_under_traffic(host: EmbeddedHost, bystander: Drive
 def test_maps_come_and_go_under_traffic(host: EmbeddedHost, bystander: Driver, attacker: Driver) -> None:
     """More of them than replaced tables are kept: the data plane pauses and goes on, and no frame of anybody is refused."""
     device = attacker.device.connection.device
-    domain = host.connection(device).function.domain  # type: ignore[arg-type]
+    domain = host.connection(device).domain  # type: ignore[arg-type]
     iova = 1 << 40
     with attacker.device.dma_buffer(1 << 16, 3, "spare") as spare:
         for number in range(100):

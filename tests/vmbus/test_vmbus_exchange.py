@@ -3,7 +3,7 @@
 import pytest
 
 from tests.vmbus.world import World, nic
-from vfio_vmbus.errors import ClosedError, RescindedError, UsageError
+from vfio_vmbus.errors import ClosedError, ProtocolError, RescindedError, UsageError
 from vfio_vmbus.vmbus import (
     AllOffersDelivered,
     ChannelOpen,
@@ -11,9 +11,11 @@ from vfio_vmbus.vmbus import (
     ChannelView,
     Connected,
     ConnectionRefused,
+    Contact,
     GpadlCreate,
     GpadlGone,
     GpadlReady,
+    GpadlView,
     GuestState,
     HostLimits,
     HostState,
@@ -115,7 +117,7 @@ def test_a_channel_lives():
     assert world.run(world.guest.close_channel(1)) == []
     assert world.run(world.guest.teardown_gpadl(handle)) == [GpadlGone(handle, 1)]
     assert world.run(world.guest.unload()) == [Unloaded()]
-    assert world.host.state is HostState.DISCONNECTED
+    assert world.host.state is HostState.UNLOADED
     assert world.shell.disconnections == 1
     assert world.host.relids == (1,)  # the offer waits for the next guest
     assert world.host.version is world.guest.version is None
@@ -503,3 +505,82 @@ def test_pages_count_while_they_are_promised_or_in_use_and_no_longer():
     world.shell.do(world.host.rescind(1))
     world.run()
     world.gpadl(2, pages=50)
+
+
+def test_linux_unloads_first_and_releases_its_channels_then():
+    world = World().start(nic(1), nic(2))
+    world.open()
+    world.run(world.guest.unload())
+    for relid in (1, 2, 1, 77):
+        assert world.host.receive(wire.RelidReleased(child_relid=relid).pack()) == []
+    with pytest.raises(ProtocolError, match="RequestOffers is not allowed while unloaded"):
+        world.host.receive(wire.RequestOffers().pack())
+    world.shell.do(world.host.reset())
+    world.guest.reset()
+    world.run(world.guest.connect())
+    assert [event.relid for event in world.run(world.guest.request_offers())[:-1]] == [1, 2]
+
+
+def test_a_monitored_host_gives_each_channel_a_bit_as_long_as_there_are_bits():
+    world = World(HostLimits(max_offers=200), monitored=True)
+    world.start(*(nic(number) for number in range(1, 130)))
+    relid, actions = world.host.offer(nic(1, 1))
+    world.shell.do(actions)
+    assert world.run()[0].monitor_id is None
+    world.guest.reset()
+    world.run(world.guest.connect())
+    offers = [event for event in world.run(world.guest.request_offers()) if isinstance(event, OfferReceived)]
+    assert [offer.monitor_id for offer in offers] == [*range(128), None, None]
+    assert [offer.relid for offer in offers] == [*range(1, 130), relid]
+
+
+@pytest.mark.parametrize(
+    ("version", "pages", "agreed"),
+    [
+        (wire.VERSION_WIN10_V5_3, (0x5000, 0x6000), wire.VERSION_WIN10_V5_3),
+        (wire.VERSION_WIN8, (0, 0), wire.VERSION_WIN8),
+        (wire.VERSION_WIN8, (0x5000, 0), None),  # one page alone
+        (0x70000, (0x5000, 0x6000), None),
+    ],
+)
+def test_where_messages_go_is_known_before_the_answer(version, pages, agreed):
+    world = World()
+    target = wire.TargetInfo.of(sint=wire.MESSAGE_SINT) if version >= wire.VERSION_WIN10_V5 else wire.TargetInfo(0)
+    contact = wire.InitiateContact(
+        version_requested=version, target_vcpu=3, target_info=target, monitor_page1=pages[0], monitor_page2=pages[1]
+    )
+    first, answer = world.host.receive(contact.pack())
+    assert first == Contact(agreed, 3, pages)
+    assert wire.parse_message(answer.data).connection_state == (2 if pages == (0x5000, 0) else 0)
+
+
+def test_closing_a_primary_channel_takes_its_subchannels():
+    world = World().start(nic(1), nic(2), nic(1, 1), nic(1, 2))
+    ring, sub = world.open(1), world.open(3)
+    world.run(world.guest.close_channel(3))  # a subchannel alone may be closed and opened again
+    world.run(world.guest.teardown_gpadl(sub))
+    sub = world.open(3)
+    world.post(world.guest.close_channel(1))
+    assert world.run() == [Rescinded(3), Rescinded(4)]
+    assert world.shell.running == {}
+    for handle in (sub, ring):
+        world.run(world.guest.teardown_gpadl(handle))
+    for relid in (3, 4):
+        world.run(world.guest.release_relid(relid))
+    assert world.shell.released == [3, 4]
+    world.open(1)
+    _, actions = world.host.offer(nic(1, 1))
+    world.shell.do(actions)
+    assert world.run()[0].offer == nic(1, 1)
+
+
+def test_gpadls_made_before_a_channel_opens_outlive_its_closing():
+    """As uio_hv_generic makes its buffers: once, for as many openings as come."""
+    world = World().start()
+    receive, send = world.gpadl(), world.gpadl()
+    for _ in range(3):
+        ring = world.open()
+        world.run(world.guest.close_channel(1))
+        world.run(world.guest.teardown_gpadl(ring))
+        assert set(world.shell.mapped) == {receive, send}
+        assert {world.host.gpadl_view(handle) for handle in (receive, send)} == {GpadlView.READY}

@@ -155,11 +155,11 @@ class HostileGuest(Connection):
         except ProtocolError:
             assert host.state is HostState.FAILED
 
-    @precondition(lambda self: self.world.host.state in (HostState.DISCONNECTED, HostState.CONNECTED))
+    @precondition(lambda self: self.world.host.state in (HostState.DISCONNECTED, HostState.UNLOADED, HostState.CONNECTED))
     @rule()
     def begin_anew(self):
         request = wire.InitiateContact(version_requested=self.world.guest.version, target_info=wire.TargetInfo.of(sint=2))
-        if self.world.host.state is HostState.DISCONNECTED:
+        if self.world.host.state in (HostState.DISCONNECTED, HostState.UNLOADED):
             self.world.shell.do(self.world.host.receive(request.pack()))
         self.world.shell.do(self.world.host.receive(wire.RequestOffers().pack()))
 

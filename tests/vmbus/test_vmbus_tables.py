@@ -68,6 +68,8 @@ def to_host_state(state):
     if state is HostState.DISCONNECTING:
         bench.create(RING)
         bench.feed(wire.Unload())
+    if state is HostState.UNLOADED:
+        bench.feed(wire.Unload())
     if state is HostState.FAILED:
         with pytest.raises(ProtocolError):
             bench.feed(wire.UnloadResponse())
@@ -92,7 +94,7 @@ def test_host_state_and_message(state, kind):
     fatal = kind not in HOST_ACCEPTS[state]
     if not fatal and kind in GPADL_OUTCOMES:
         fatal = GPADL_OUTCOMES[kind][GpadlView.UNKNOWN] is Outcome.FATAL
-    if not fatal and kind in CHANNEL_OUTCOMES:  # relid 0, or a GPADL on the closed channel 1
+    if not fatal and kind in CHANNEL_OUTCOMES and state is HostState.OFFERED:  # relid 0, or a GPADL on the closed channel 1
         fatal = CHANNEL_OUTCOMES[kind][ChannelView.UNKNOWN] is Outcome.FATAL
     if fatal:
         with pytest.raises(ProtocolError):

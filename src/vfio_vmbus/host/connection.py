@@ -1,12 +1,11 @@
 """One client's VMBus connection at the embedded host: carries out what the control plane's host end decides.
 
-It stands behind a PCI function (`Backend`): messages come and go through the admin ring, GPADLs are mapped out of the client's
-domain, channels are opened for the VSPs that were given to this client. Runs on the host's loop.
+Whatever carries its messages (`carrier`), GPADLs are mapped out of the client's domain, and channels are opened for the VSPs that were
+given to this client. Runs on the host's loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,26 +13,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import DmaError, IsolationFault, PeerError, ProtocolError, UsageError
+from ..iommu.domain import Domain
 from ..iommu.translation import READ, WRITE
+from ..memory.bell import NOBODY
 from ..memory.mapping import PAGE, Mapping, Piece, merge
 from ..memory.shared import side_by_side
 from ..ring.pair import RingPair
-from ..vfio import eventfd
-from ..vfio.function import PciFunction
-from ..vfio.registers import ERROR_PROTOCOL
 from ..vmbus import actions as act
 from ..vmbus.host import HostConnection
 from ..vmbus.limits import HostLimits
 from ..wire.gpa import PageRange
-from ..wire.ring import PACKET_INBAND
 from ..wire.table import Side
-from ..wire.vmbus import STATUS_INSUFFICIENT_RESOURCES, STATUS_INVALID_PARAMETER, STATUS_SUCCESS, STATUS_UNSUCCESSFUL
+from ..wire.vmbus import (
+    STATUS_INSUFFICIENT_RESOURCES,
+    STATUS_INVALID_PARAMETER,
+    STATUS_SUCCESS,
+    STATUS_UNSUCCESSFUL,
+    SUPPORTED_VERSIONS,
+)
+from .carrier import Carrier
 from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
 
-_BUDGET = 64
-"""Messages taken before other clients get their turn."""
 KEPT_ERRORS = 64
 MAX_PIECES = 16384
 """Pieces of memory that one client's rings and buffers may be mapped from, all together: Linux gives a process 65530."""
@@ -63,28 +65,56 @@ class _OpenChannel:
 
 
 class Connection:
-    """The host's end for the client of `function`. `devices` are offered to it, in order."""
+    """The host's end for the client that `carrier` leads to. `devices` are offered to it, in order.
 
-    def __init__(self, function: PciFunction, devices: list[Vsp]) -> None:
-        self.function = function
+    max_version, min_version: of VMBus, major << 16 | minor. max_pieces: of memory, see MAX_PIECES.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        devices: Iterable[Vsp],
+        *,
+        max_version: int = SUPPORTED_VERSIONS[0],
+        min_version: int = SUPPORTED_VERSIONS[-1],
+        max_pieces: int = MAX_PIECES,
+    ) -> None:
+        self.carrier = carrier
         self.errors: deque[Exception] = deque(maxlen=KEPT_ERRORS)
         """What the client did wrong, the latest last."""
         self.error_count = 0
-        self._loop = asyncio.get_running_loop()
-        limits = HostLimits(max_offers=function.channels - 1, target_vps=len(function.vectors.fds))
-        self._machine = HostConnection(limits)
+        limits = HostLimits(max_offers=carrier.channels - 1, target_vps=carrier.targets)
+        self._machine = HostConnection(limits, max_version=max_version, min_version=min_version)
+        self._max_pieces = max_pieces
         self._devices = list(devices)
         """What is offered whenever the client connects."""
         self._vsps: dict[int, Vsp] = {}
+        self._returning: list[Vsp] = []
+        """Devices that are offered again as soon as the client has let go of them."""
         self._open_channels: dict[int, _OpenChannel] = {}
         self._gpadls: dict[int, _Gpadl] = {}
-        self._admin: RingPair | None = None
-        self._outbox: deque[bytes] = deque()
-        self._retry: asyncio.TimerHandle | None = None
+        self._closed = False
         self._offer()
-        self._doorbell = function.doorbell(0)
-        function.backend = self
-        self._loop.add_reader(self._doorbell, self._kick)
+        carrier.begin(self)
+
+    @property
+    def name(self) -> str:
+        return self.carrier.name
+
+    @property
+    def domain(self) -> Domain:
+        """What the client's addresses mean."""
+        return self.carrier.domain
+
+    @property
+    def version(self) -> int | None:
+        """The version of VMBus agreed on, while the client is connected."""
+        return self._machine.version
+
+    @property
+    def failed(self) -> bool:
+        """Is the client cut off, until it begins anew?"""
+        return self.carrier.failed
 
     @property
     def open_channels(self) -> int:
@@ -94,105 +124,97 @@ class Connection:
         """Is the client offered this device, or has not yet let go of it?"""
         return any(mine is vsp for mine in (*self._devices, *self._vsps.values()))
 
-    def start(self, pieces: list[Piece], downstream: int) -> None:
-        """The client's admin ring is at `pieces`. Raises RingError for indices that cannot be."""
-        self._admin = RingPair(pieces, downstream, Side.HOST, self.function.vectors.fds[0], f"{self.function.name}, admin ring")
-        self._loop.call_soon(self._kick)
+    # What the carrier brings.
 
-    def stop(self) -> None:
-        """Let go of everything of the client's: channels, GPADLs, the admin ring."""
-        self._carry_out(self._machine.reset())
-        if self._admin is not None:
-            self._admin.close()
-            self._admin = None
-        self._outbox.clear()
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+    def receive(self, message: bytes) -> None:
+        self.guarded(lambda: self._carry_out(self._machine.receive(message)))()
+
+    def fail(self, error: Exception) -> None:
+        self._note(error)
+        self.carrier.fail(error)
 
     def revoke(self, iova: int, size: int) -> None:
         """The client takes memory away. What uses it ends first, as an IOMMU would fault it."""
         end = iova + size
         for handle, gpadl in self._gpadls.items():
             if any(start < end and iova < start + length for start, length in gpadl.runs):
-                self._fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while GPADL {handle:#x} used it"))
+                self.fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while GPADL {handle:#x} used it"))
                 return
+
+    def reset(self) -> None:
+        if not self._closed:
+            self._carry_out(self._machine.reset())
+
+    # What the host's owner asks.
+
+    def offer(self, vsp: Vsp) -> None:
+        """Give the client one more device, at any time. Raises UsageError when it has it already, for one too many, after `close`.
+
+        One that was taken away from it, and that it has not let go of yet, is offered again when it has.
+        """
+        if self._closed:
+            raise UsageError(f"{self.name} has gone")
+        if any(mine is vsp for mine in self._devices):
+            raise UsageError(f"{self.name} has this device already")
+        if self.has(vsp):
+            self._returning.append(vsp)
+        else:
+            self._carry_out(self._offer_one(vsp))
+        self._devices.append(vsp)
+        self.carrier.flush()
 
     def rescind(self, vsp: Vsp) -> None:
         """Take a device away from the client. Raises UsageError when it has none such, or loses it already."""
         if not any(mine is vsp for mine in self._devices):
-            raise UsageError(f"{self.function.name} was not offered this device, or it was taken away already")
+            raise UsageError(f"{self.name} was not offered this device, or it was taken away already")
         self._devices = [mine for mine in self._devices if mine is not vsp]
+        if vsp in self._returning:
+            self._returning.remove(vsp)
+            return
         for relid in [relid for relid, mine in self._vsps.items() if mine is vsp]:
             self._carry_out(self._machine.rescind(relid))
-        self._kick()
+        self.carrier.flush()
 
     def close(self) -> None:
         """The client's place at the host goes away."""
-        if self.function.backend is not self:
+        if self._closed:
             return
-        self._loop.remove_reader(self._doorbell)
-        self.stop()
+        self.carrier.end()
+        self._closed = True
         self._devices = []
+        self._returning = []
         self._carry_out(self._machine.close())
-        self.function.backend = None
 
     def _offer(self) -> None:
         """Have everything ready for the client's next connection, also what it said it was done with in this one."""
+        self._returning.clear()
         for vsp in self._devices:
             if not any(mine is vsp for mine in self._vsps.values()):
-                relid, _ = self._machine.offer(vsp.offer)
-                self._vsps[relid] = vsp
+                self._offer_one(vsp)
 
-    def _guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def _offer_one(self, vsp: Vsp) -> list[act.HostAction]:
+        relid, actions = self._machine.offer(vsp.offer)
+        self._vsps[relid] = vsp
+        return actions
+
+    def _released(self, relid: int) -> list[act.HostAction]:
+        """The client has let go of a device; it gets it back if it was given it again meanwhile."""
+        vsp = self._vsps.pop(relid)
+        if vsp not in self._returning:
+            return []
+        self._returning.remove(vsp)
+        return self._offer_one(vsp)
+
+    def guarded(self, callback: Callable[[], None]) -> Callable[[], None]:
         """For callbacks of the loop: what one raises ends this client's connection. A defect of ours is logged as such."""
-        return guarded(callback, self.function.name, self._fail)
-
-    def _kick(self) -> None:
-        """The doorbell was rung, or there is more to do: go on."""
-        if self.function.backend is self:  # else it was closed since this was called for, and the descriptor may be another's
-            eventfd.take(self._doorbell)
-            self._guarded(self._serve)()
-
-    def _serve(self) -> None:
-        """Take what is in the admin ring, a number of messages at a time."""
-        for _ in range(_BUDGET):
-            if self._admin is None or not self._flush():
-                return
-            packet = self._admin.incoming.receive()
-            if packet is None:
-                if not self._admin.incoming.unmask():
-                    return
-                continue
-            if packet.packet_type != PACKET_INBAND:
-                raise ProtocolError(f"packet type {packet.packet_type} in the admin ring, need {PACKET_INBAND} (in-band)")
-            self._carry_out(self._machine.receive(packet.payload))
-        self._loop.call_soon(self._kick)
-
-    def _fail(self, error: Exception) -> None:
-        self._note(error)
-        self.function.fail(ERROR_PROTOCOL)
+        return guarded(callback, self.name, self.fail)
 
     def _note(self, error: Exception) -> None:
         """Keep an error, and log the first ones: a client that goes on and on must not fill the host's disk."""
         self.errors.append(error.with_traceback(None))  # which would keep everything alive that was in use there
         self.error_count += 1
         if self.error_count <= KEPT_ERRORS:
-            log.warning("%s: %s", self.function.name, error)
-
-    def _flush(self) -> bool:
-        """Send what waits. False while the client's ring is full: then later."""
-        while self._outbox and self._admin is not None:
-            if not self._admin.outgoing.send(self._outbox[0]):
-                if self._retry is None:
-                    self._retry = self._loop.call_later(0.001, self._try_again)
-                return False
-            self._outbox.popleft()
-        return True
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self._kick()
+            log.warning("%s: %s", self.name, error)
 
     def _carry_out(self, actions: list[act.HostAction]) -> None:
         """Do what the state machine asks, in order; its answers to that come next. Messages wait in the outbox: nothing in here raises,
@@ -204,7 +226,9 @@ class Connection:
     def _do(self, action: act.HostAction) -> list[act.HostAction]:
         match action:
             case act.Send(data=data):
-                self._outbox.append(data)
+                self.carrier.send(data)
+            case act.Contact(target_vp=target):
+                self.carrier.contact(target)
             case act.GpadlCreate(handle=handle, relid=relid, ranges=ranges):
                 return self._machine.gpadl_created(handle, self._create_gpadl(handle, relid, ranges))
             case act.GpadlTeardown(handle=handle, relid=relid):
@@ -216,9 +240,9 @@ class Connection:
                 self._close_channel(relid)
                 return self._machine.channel_closed(relid)
             case act.ChannelModify(relid=relid, target_vp=vector):
-                self._open_channels[relid].pair.lead_to(self.function.vectors.fds[vector])
+                self._open_channels[relid].pair.lead_to(self.carrier.interrupt(relid, vector))
             case act.RelidReleased(relid=relid):
-                self._vsps.pop(relid, None)
+                return self._released(relid)
             case act.Refused(reason=reason):
                 self._note(ProtocolError(reason))
             case act.Disconnected():
@@ -227,7 +251,7 @@ class Connection:
 
     def _create_gpadl(self, handle: int, relid: int, ranges: tuple[PageRange, ...]) -> int:
         """Look the pages up and keep them as pieces of the client's files; they are mapped when first used. An NTSTATUS."""
-        domain = self.function.domain
+        domain = self.domain
         pieces: list[Piece] = []
         access = READ | WRITE
         try:
@@ -262,8 +286,8 @@ class Connection:
         """Raise ProtocolError when the client has memory too scattered for `pieces` more to be mapped."""
         used = sum(len(gpadl.pieces) for gpadl in self._gpadls.values() if gpadl.mapping is not None)
         used += sum(open_channel.pieces for open_channel in self._open_channels.values())
-        if used + pieces > MAX_PIECES:
-            raise ProtocolError(f"{used} pieces of memory are mapped, {pieces} more exceed the limit of {MAX_PIECES}")
+        if used + pieces > self._max_pieces:
+            raise ProtocolError(f"{used} pieces of memory are mapped, {pieces} more exceed the limit of {self._max_pieces}")
 
     def _drop_gpadl(self, handle: int, relid: int) -> None:
         gpadl = self._gpadls.pop(handle, None)
@@ -277,7 +301,7 @@ class Connection:
             if leave is not None:
                 leave()
         except Exception as error:
-            log.exception("%s: defect of the host: memory stays mapped", self.function.name)
+            log.exception("%s: defect of the host: memory stays mapped", self.name)
             self._note(error)
         else:
             memory.close()
@@ -288,11 +312,11 @@ class Connection:
         if gpadl.access != READ | WRITE:
             self._note(ProtocolError(f"channel {action.relid}: its rings are not mapped for reading and writing"))
             return STATUS_INVALID_PARAMETER
-        interrupt = -1 if action.target_vp is None else self.function.vectors.fds[action.target_vp]
-        name = f"{self.function.name}, channel {action.relid}"
+        interrupt = NOBODY if action.target_vp is None else self.carrier.interrupt(action.relid, action.target_vp)
+        name = f"{self.name}, channel {action.relid}"
         try:
             self._check_room(2 * len(gpadl.pieces))
-            doorbell = self.function.doorbell(action.relid)
+            doorbell = self.carrier.doorbell(action.relid)
             pair = RingPair(gpadl.pieces, action.downstream_page_offset * PAGE, Side.HOST, interrupt, name)
         except (PeerError, DmaError, UsageError, OSError) as error:
             self._note(error)
@@ -301,11 +325,11 @@ class Connection:
         context = ChannelContext(
             relid=action.relid,
             pair=pair,
-            domain=self.function.domain,
+            domain=self.domain,
             doorbell=doorbell,
             gpadl=lambda handle: self._gpadl_of(action.relid, handle),
             failed=self._note,
-            guarded=self._guarded,
+            guarded=self.guarded,
         )
         try:
             self._vsps[action.relid].open(context)

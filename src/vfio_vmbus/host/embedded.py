@@ -9,18 +9,21 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from ..errors import ClosedError, UsageError, WaitTimeout
+from ..iommu.domain import Domain
 from ..vfio.config import Identity
 from ..vfio.function import Function, PciFunction
 from ..vfio.inprocess import InProcessDevice
 from ..vfio.vmbus_function import VmbusFunction
 from ..wire.vmbus import ChannelOffer
+from .admin_ring import AdminRing
 from .balloon import Balloon
+from .carrier import Carrier
 from .connection import Connection
 from .netvsp.vsp import Netvsp
 from .opened import Opener
@@ -44,12 +47,28 @@ HostEnd: TypeAlias = Connection | Opener
 Made: TypeAlias = tuple[Function, HostEnd]
 
 
+class Place(Protocol):
+    """Where a client is: a `Function`, or a carrier that is no function's. Called on the host's loop."""
+
+    domain: Domain
+
+    def gone(self) -> None:
+        """The host ends: let go of the client's memory, and tell the client if there is a way."""
+
+    def close(self) -> None:
+        """It goes away itself."""
+
+
+class PlacedCarrier(Carrier, Place, Protocol):
+    """A carrier that is a place by itself."""
+
+
 def _as_pci(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
     """A PCI function, behind which the client opens what it likes."""
     first = devices[0].offer if devices else ChannelOffer()
     function = PciFunction(name, identity=Identity(first.class_guid, first.instance_guid), **options)
     try:
-        return function, Connection(function, list(devices))
+        return function, Connection(AdminRing(function), devices)
     except BaseException:
         function.close()
         raise
@@ -85,8 +104,9 @@ class EmbeddedHost:
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
         self.balloons: dict[str, Balloon] = {}
-        self._connections: dict[Function, HostEnd] = {}
-        self._used: set[Vsp] = set()
+        self._ends: dict[Place, HostEnd] = {}
+        self._used: dict[Place, set[Vsp]] = {}
+        """The devices that each client has, or had: nobody else gets them while it is there."""
         self._at_close: list[Callable[[], None]] = []
         self._number = 0
         self._loop = asyncio.new_event_loop()
@@ -130,16 +150,51 @@ class EmbeddedHost:
         self._check(devices)
         self._number += 1
         function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, options)
-        function.domain.quiesce = self.switch.worker.paused
-        self._connections[function] = end
-        self._used.update(devices)
+        self._place(function, end, devices)
+        return function, lambda: self._release(function)
 
-        def released() -> None:
-            self._used.difference_update(devices)
-            if function in self._connections:  # else the host has ended before
-                self._release(function)
+    def connect(self, make: Callable[[], PlacedCarrier], *devices: Vsp, **options: Any) -> Connection:
+        """These devices for the client that a carrier leads to, which `make` makes on the host's loop. options: as of Connection.
 
-        return function, released
+        Raises as `attach`, and what `make` raises. `disconnect` ends it.
+        """
+
+        def connect() -> Connection:
+            self._check(devices)
+            carrier = make()
+            try:
+                end = Connection(carrier, devices, **options)
+            except BaseException:
+                carrier.close()
+                raise
+            self._place(carrier, end, devices)
+            return end
+
+        return self.run(connect)
+
+    def disconnect(self, connection: Connection) -> None:
+        """The client of `connect` is gone: let go of its memory, and have its devices for others. Harmless twice, and after `close`."""
+
+        def disconnect() -> None:
+            for place in [place for place, end in self._ends.items() if end is connection]:
+                self._release(place)
+
+        with suppress(ClosedError):
+            self.run(disconnect)
+
+    def offer(self, connection: Connection, device: Vsp) -> None:
+        """Give a client one more device while it runs, also one that was rescinded before. Raises UsageError as `attach`."""
+
+        def offer() -> None:
+            place = next((place for place, end in self._ends.items() if end is connection), None)
+            if place is None:
+                raise UsageError(f"{connection.name} is no client of {self.name}")
+            if device not in self._used[place]:
+                self._check((device,))
+            connection.offer(device)
+            self._used[place].add(device)
+
+        self.run(offer)
 
     def at_close(self, callback: Callable[[], None]) -> None:
         """Call this on the host's loop when the host closes, before its clients are let go."""
@@ -147,14 +202,14 @@ class EmbeddedHost:
 
     def connection(self, device: InProcessDevice) -> HostEnd:
         """The host's end of an attached device, to look at. Raises UsageError when it is not attached here (any more)."""
-        connection = self._connections.get(device.function)
+        connection = self._ends.get(device.function)
         if connection is None:
             raise UsageError(f"{device.info.name} is not attached to {self.name}")
         return connection
 
     def connection_of(self, device: Vsp) -> HostEnd:
         """The host's end for the client that has this device, to look at. Raises UsageError when nobody has it."""
-        found = self.run(lambda: next((each for each in self._connections.values() if each.has(device)), None))
+        found = self.run(lambda: next((each for each in self._ends.values() if each.has(device)), None))
         if found is None:
             raise UsageError(f"no client of {self.name} has this device")
         return found
@@ -230,22 +285,30 @@ class EmbeddedHost:
         if len(set(devices)) < len(devices):
             raise UsageError("a device is attached to a function once")
         for device in devices:
-            if device in self._used:
+            if any(device in used for used in self._used.values()):
                 raise UsageError("this device has a client already: detach it there first")
             if isinstance(device, Netvsp) and device not in self.nics.values():
                 raise UsageError(f"{device.name} is no card of {self.name}: its worker is another host's")
 
     def _rescind(self, device: Vsp) -> None:
-        for connection in self._connections.values():
+        for connection in self._ends.values():
             if connection.has(device):
                 connection.rescind(device)
                 return
         raise UsageError(f"no client of {self.name} has this device")
 
-    def _release(self, function: Function) -> None:
-        with ExitStack() as stack:
-            stack.callback(function.close)
-            stack.callback(self._connections.pop(function).close)
+    def _place(self, place: Place, end: HostEnd, devices: tuple[Vsp, ...]) -> None:
+        place.domain.quiesce = self.switch.worker.paused
+        self._ends[place] = end
+        self._used[place] = set(devices)
+
+    def _release(self, place: Place) -> None:
+        """A client is gone. Nothing happens when the host has ended before."""
+        self._used.pop(place, None)
+        if place in self._ends:
+            with ExitStack() as stack:
+                stack.callback(place.close)
+                stack.callback(self._ends.pop(place).close)
 
     def _release_all(self) -> None:
         """The end. What one client's memory cannot be freed for is logged, and holds up nobody else."""
@@ -253,17 +316,17 @@ class EmbeddedHost:
             stack.callback(self._loop.stop)
             for nic in self.nics.values():
                 stack.callback(nic.close)
-            for function in self._connections:
-                stack.callback(self._end, function)
+            for place in self._ends:
+                stack.callback(self._end, place)
             for callback in self._at_close:
                 stack.callback(callback)
 
-    def _end(self, function: Function) -> None:
-        if function not in self._connections:
+    def _end(self, place: Place) -> None:
+        if place not in self._ends:
             return
         with ExitStack() as stack:
-            stack.callback(self._release, function)
-            function.gone()
+            stack.callback(self._release, place)
+            place.gone()
 
 
 def _answer(future: Future[T], call: Callable[[], T]) -> None:

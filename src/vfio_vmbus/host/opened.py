@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from ..errors import ProtocolError, RefusedError, UsageError
+from ..iommu.domain import Domain
 from ..iommu.translation import READ, WRITE
 from ..memory.mapping import Piece
 from ..memory.shared import side_by_side
@@ -41,6 +42,16 @@ class Opener:
         self._resources: ExitStack | None = None
         """What the open channel's memory is mapped by."""
         function.backend = self
+
+    @property
+    def domain(self) -> Domain:
+        """What the client's addresses mean."""
+        return self.function.domain
+
+    @property
+    def failed(self) -> bool:
+        """Is the client cut off, until it resets its device?"""
+        return self.function.failed
 
     @property
     def open_channels(self) -> int:

@@ -80,7 +80,7 @@ class Judge:
 
     def gone(self) -> bool:
         """Has the host closed the attacker's card?"""
-        return self.card.port is None or self._watched.function.failed
+        return self.card.port is None or self._watched.failed
 
     def finding(self, outcome: Outcome, *, lawful: bool) -> Finding:
         """What the host saw of the attack. Waits a little, where it may still be about to notice."""
@@ -110,7 +110,7 @@ class Judge:
         if port is not None:
             now = port.counters()
             counts |= {f"switch {name}": getattr(now, name) for name in _PORT}
-        return counts | {"isolation faults": connection.function.domain.fault_count}
+        return counts | {"isolation faults": connection.domain.fault_count}
 
     def _evidence(self, outcome: Outcome, lawful: bool) -> list[str]:
         connection = self._watched

@@ -7,6 +7,7 @@
     for action in host.receive(data):             # data: one message, a private copy
         match action:
             case Send(data): ...                  # one message to the guest
+            case Contact(version, target_vp): ... # where messages go from now on
             case GpadlCreate(handle, relid, ranges): ...   # map, then   host.gpadl_created(handle, status)
             case GpadlTeardown(handle, relid): ...         # unmap, then host.gpadl_torn_down(handle)
             case ChannelOpen(relid=relid): ...             # start, then host.channel_opened(relid, status)
@@ -24,7 +25,7 @@ return the clean-up, and Disconnected when it is done.
 `receive` raises ProtocolError for what is malformed or fatal; the connection is then FAILED until `reset` or `close`. What is
 fatal, refused or ignored is written in the tables of `states`.
 
-    DISCONNECTED --InitiateContact--> CONNECTED --RequestOffers--> OFFERED --Unload--> DISCONNECTING --> DISCONNECTED
+    DISCONNECTED --InitiateContact--> CONNECTED --RequestOffers--> OFFERED --Unload--> DISCONNECTING --> UNLOADED
     any --ProtocolError--> FAILED --reset--> DISCONNECTING --> DISCONNECTED        any --close--> DISCONNECTING --> CLOSED
 
 **Guest end**, one `GuestConnection`. Commands return a list of `Send`; `receive` returns events, with `Send` among them:
@@ -51,6 +52,7 @@ from vfio_vmbus.vmbus.actions import (
     ChannelOpened,
     Connected,
     ConnectionRefused,
+    Contact,
     Disconnected,
     GpadlCreate,
     GpadlGone,
@@ -81,6 +83,7 @@ __all__ = [
     "ChannelView",
     "Connected",
     "ConnectionRefused",
+    "Contact",
     "Disconnected",
     "GpadlCreate",
     "GpadlGone",

@@ -21,6 +21,19 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Contact:
+    """The guest asked for a connection: from now on messages go to processor `target_vp`, the answer (which comes next) first.
+
+    version: what was agreed, None if nothing was. monitor_pages: addresses in bytes of the pages from host to guest and from guest to
+    host, (0, 0) when the guest has none. Nothing to answer.
+    """
+
+    version: int | None
+    target_vp: int
+    monitor_pages: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class GpadlCreate:
     """Map the pages of `ranges` (IOVA page numbers, 4096 bytes each). Answer: `gpadl_created(handle, status)`."""
 
@@ -88,7 +101,16 @@ class Disconnected:
 
 
 HostAction = (
-    Send | GpadlCreate | GpadlTeardown | ChannelOpen | ChannelClose | ChannelModify | RelidReleased | Refused | Disconnected
+    Send
+    | Contact
+    | GpadlCreate
+    | GpadlTeardown
+    | ChannelOpen
+    | ChannelClose
+    | ChannelModify
+    | RelidReleased
+    | Refused
+    | Disconnected
 )
 
 

@@ -5,7 +5,7 @@ second InitiateContact ends the running connection first; UnloadResponse comes w
 """
 
 from vfio_vmbus.errors import ClosedError, ProtocolError, UsageError
-from vfio_vmbus.vmbus.actions import Disconnected, HostAction
+from vfio_vmbus.vmbus.actions import Contact, Disconnected, HostAction
 from vfio_vmbus.vmbus.host_channels import Actions, HostChannels, send
 from vfio_vmbus.vmbus.host_records import Presence
 from vfio_vmbus.vmbus.limits import HostLimits
@@ -16,7 +16,8 @@ from vfio_vmbus.wire import vmbus as wire
 class HostConnection:
     """One guest's connection: `receive` takes its messages, each method returns what is to be done, in order.
 
-    `max_version` and `min_version` (major << 16 | minor) bound what is agreed to.
+    `max_version` and `min_version` (major << 16 | minor) bound what is agreed to. monitored: channels have a bit in the monitor page,
+    as many as it has bits for, and guests signal by it.
     """
 
     def __init__(
@@ -25,11 +26,12 @@ class HostConnection:
         *,
         max_version: int = wire.SUPPORTED_VERSIONS[0],
         min_version: int = wire.SUPPORTED_VERSIONS[-1],
+        monitored: bool = False,
     ) -> None:
         self._versions = frozenset(item for item in wire.SUPPORTED_VERSIONS if min_version <= item <= max_version)
         if not self._versions:
             raise UsageError(f"no version from {wire.version_text(min_version)} to {wire.version_text(max_version)} is supported")
-        self._channels = HostChannels(limits or HostLimits())
+        self._channels = HostChannels(limits or HostLimits(), monitored=monitored)
         self._state = HostState.DISCONNECTED
         self._version: int | None = None
         self._failure = ""
@@ -101,11 +103,13 @@ class HostConnection:
     def _carry_out(self, message: wire.Message) -> Actions:
         match message:
             case wire.InitiateContact():
-                if self._state is HostState.DISCONNECTED:
+                if self._state in (HostState.DISCONNECTED, HostState.UNLOADED):
                     return self._negotiate(message)
                 return self._disconnect(HostState.DISCONNECTED, message)
             case wire.Unload():
-                return self._disconnect(HostState.DISCONNECTED, message)
+                return self._disconnect(HostState.UNLOADED, message)
+            case wire.RelidReleased() if self._state is HostState.UNLOADED:
+                return []
             case wire.RequestOffers():
                 self._state = HostState.OFFERED
                 return [*self._channels.show_all(), send(wire.AllOffersDelivered())]
@@ -117,9 +121,9 @@ class HostConnection:
     def _negotiate(self, contact: wire.InitiateContact) -> Actions:
         version, target = contact.version_requested, contact.target_info
         v5 = version >= wire.VERSION_WIN10_V5
-        if version not in self._versions or (v5 and (target.sint != wire.MESSAGE_SINT or target.vtl != 0)):
-            return [send(wire.VersionResponse(version_supported=0))]
         monitor = contact.monitor_page1, contact.monitor_page2
+        if version not in self._versions or (v5 and (target.sint != wire.MESSAGE_SINT or target.vtl != 0)):
+            return [Contact(None, contact.target_vcpu, monitor), send(wire.VersionResponse(version_supported=0))]
         failed = (monitor[0] == 0) != (monitor[1] == 0)
         if not failed:
             self._state = HostState.CONNECTED
@@ -130,7 +134,7 @@ class HostConnection:
             connection_state=wire.CONNECTION_FAILED_UNKNOWN if failed else wire.CONNECTION_SUCCESSFUL,
             message_connection_id=wire.MESSAGE_CONNECTION_ID_4 if v5 else version,
         )
-        return [send(response)]
+        return [Contact(None if failed else version, contact.target_vcpu, monitor), send(response)]
 
     # The end of a connection.
 

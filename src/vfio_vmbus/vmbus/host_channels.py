@@ -30,6 +30,7 @@ from vfio_vmbus.vmbus.states import (
     Outcome,
 )
 from vfio_vmbus.wire import vmbus as wire
+from vfio_vmbus.wire.monitor import number_of
 
 Actions = list[HostAction]
 
@@ -41,8 +42,9 @@ def send(message: wire.Message) -> Send:
 class HostChannels:
     """`receive` takes the guest's messages about channels; the other methods are the host's own commands and its shell's answers."""
 
-    def __init__(self, limits: HostLimits) -> None:
+    def __init__(self, limits: HostLimits, *, monitored: bool) -> None:
         self.limits = limits
+        self._monitored = monitored
         self.answers_modify = False
         self._channels: dict[int, HostChannel] = {}
         self._gpadls: dict[int, HostGpadl] = {}
@@ -116,10 +118,13 @@ class HostChannels:
     def show(self, channel: HostChannel) -> Send:
         """Offer it to the guest. The doorbell's number, `connection_id`, is the relid."""
         channel.presence = Presence.OFFERED
+        monitor_id = number_of(channel.relid) if self._monitored else None
         return send(
             wire.OfferChannel(
                 offer=channel.offer,
                 child_relid=channel.relid,
+                monitor_id=monitor_id or 0,
+                monitor=wire.MonitorFlags.of(allocated=int(monitor_id is not None)),
                 interrupt=wire.InterruptFlags.of(dedicated=1),
                 connection_id=channel.relid,
             )
@@ -135,12 +140,15 @@ class HostChannels:
         channel = self._known(relid)
         if channel.presence in (Presence.RESCINDED, Presence.RELEASED):
             raise UsageError(f"channel {relid} is {channel.presence.value} already")
+        return self._rescind_subchannels(channel) + self._rescind_one(channel)
+
+    def _rescind_subchannels(self, channel: HostChannel) -> Actions:
         actions: Actions = []
         if channel.offer.sub_channel_index == 0:
             for other in [item for item in self._channels.values() if item.key[:2] == channel.key[:2] and item is not channel]:
                 if other.presence in (Presence.HIDDEN, Presence.OFFERED):
                     actions += self._rescind_one(other)
-        return actions + self._rescind_one(channel)
+        return actions
 
     def _rescind_one(self, channel: HostChannel) -> Actions:
         if channel.presence is Presence.HIDDEN:
@@ -239,9 +247,11 @@ class HostChannels:
         return self._settle(channel)
 
     def _on_close(self, message: wire.CloseChannel) -> Actions:
+        """A primary channel's subchannels were offered for as long as it is open."""
         if self._outcome(message, message.child_relid) is Outcome.IGNORE:
             return []
-        return self._stop(self._channels[message.child_relid])
+        channel = self._channels[message.child_relid]
+        return self._rescind_subchannels(channel) + self._stop(channel)
 
     def _on_modify(self, message: wire.ModifyChannel) -> Actions:
         relid = message.child_relid

@@ -33,6 +33,7 @@ class HostState(Enum):
     CONNECTED = "connected"  # a version is agreed
     OFFERED = "offered"  # the guest asked for offers
     DISCONNECTING = "disconnecting"  # the shell still closes channels and GPADLs
+    UNLOADED = "unloaded"  # as DISCONNECTED, after the guest's Unload: it still says of each channel that it has forgotten it
     FAILED = "failed"  # after a ProtocolError; wants reset() or close()
     CLOSED = "closed"
 
@@ -55,11 +56,14 @@ HOST_ACCEPTS: Mapping[HostState, frozenset[type[wire.Message]]] = MappingProxyTy
         HostState.CONNECTED: frozenset({wire.InitiateContact, wire.RequestOffers, wire.Unload, wire.TlConnectRequest}),
         HostState.OFFERED: _CHANNEL_MESSAGES | {wire.InitiateContact, wire.Unload, wire.TlConnectRequest},
         HostState.DISCONNECTING: frozenset({wire.InitiateContact}),
+        HostState.UNLOADED: frozenset({wire.InitiateContact, wire.RelidReleased}),
         HostState.FAILED: frozenset(),
         HostState.CLOSED: frozenset(),
     }
 )
-"""Every other message in that state is fatal. A second InitiateContact means that the guest starts anew (a crash kernel does)."""
+"""Every other message in that state is fatal. A second InitiateContact means that the guest starts anew (a crash kernel does).
+
+Linux unloads first and releases its channels then (vmbus_exit), which says nothing that the host has not done already."""
 
 
 class ChannelView(Enum):

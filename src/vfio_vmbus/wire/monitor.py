@@ -31,6 +31,11 @@ class MonitorPage(Struct):
     rest: Annotated[bytes, Raw(4056)] = bytes(4056)
 
 
+def number_of(relid: int) -> int | None:
+    """The number that our host gives a channel in the page; None for those that it has no bit for."""
+    return relid - 1 if relid <= GROUPS * BITS_PER_GROUP else None
+
+
 def pending_bit(number: int) -> tuple[int, int]:
     """Where a channel's bit is: the offset of its 32-bit word in the page, and the mask. UsageError for a number that cannot be."""
     if not 0 <= number < GROUPS * BITS_PER_GROUP:
