@@ -32,6 +32,9 @@ from ..wire.vmbus import (
     SUPPORTED_VERSIONS,
 )
 from .carrier import Carrier
+from .faults.fate import Desk
+from .faults.messages import faulted
+from .faults.relay import Relay, relay
 from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
@@ -60,14 +63,15 @@ class _Gpadl:
 class _OpenChannel:
     """pieces: how many its rings are mapped from; each data area is mapped twice."""
 
-    pair: RingPair
+    pair: RingPair | Relay
     pieces: int
 
 
 class Connection:
     """The host's end for the client that `carrier` leads to. `devices` are offered to it, in order.
 
-    max_version, min_version: of VMBus, major << 16 | minor. max_pieces: of memory, see MAX_PIECES.
+    max_version, min_version: of VMBus, major << 16 | minor. max_pieces: of memory, see MAX_PIECES. faults: what is to
+    go wrong.
     """
 
     def __init__(
@@ -78,8 +82,8 @@ class Connection:
         max_version: int = SUPPORTED_VERSIONS[0],
         min_version: int = SUPPORTED_VERSIONS[-1],
         max_pieces: int = MAX_PIECES,
+        faults: Desk | None = None,
     ) -> None:
-        self.carrier = carrier
         self.errors: deque[Exception] = deque(maxlen=KEPT_ERRORS)
         """What the client did wrong, the latest last."""
         self.error_count = 0
@@ -88,6 +92,8 @@ class Connection:
         self._max_pieces = max_pieces
         self._devices = list(devices)
         """What is offered whenever the client connects."""
+        self.carrier = faulted(faults, "+".join(vsp.name for vsp in self._devices) if faults else "", carrier)
+        self._faults = faults
         self._vsps: dict[int, Vsp] = {}
         self._returning: list[Vsp] = []
         """Devices that are offered again as soon as the client has let go of them."""
@@ -95,7 +101,7 @@ class Connection:
         self._gpadls: dict[int, _Gpadl] = {}
         self._closed = False
         self._offer()
-        carrier.begin(self)
+        self.carrier.begin(self)
 
     @property
     def name(self) -> str:
@@ -321,7 +327,6 @@ class Connection:
         except (PeerError, DmaError, UsageError, OSError) as error:
             self._note(error)
             return STATUS_INSUFFICIENT_RESOURCES if isinstance(error, OSError) else STATUS_INVALID_PARAMETER
-        self._open_channels[action.relid] = _OpenChannel(pair, 2 * len(gpadl.pieces))
         context = ChannelContext(
             relid=action.relid,
             pair=pair,
@@ -331,8 +336,13 @@ class Connection:
             failed=self._note,
             guarded=self.guarded,
         )
+        vsp, pieces = self._vsps[action.relid], 2 * len(gpadl.pieces)
+        self._open_channels[action.relid] = _OpenChannel(pair, pieces)
         try:
-            self._vsps[action.relid].open(context)
+            between = relay(self._faults, vsp.name, context, interrupt) if self._faults else None
+            if between is not None:
+                self._open_channels[action.relid] = _OpenChannel(between, pieces)
+            vsp.open(between.context if between else context)
         except Exception as error:
             log.exception("%s: the device did not open", name)
             self._note(error)
@@ -341,8 +351,10 @@ class Connection:
         return STATUS_SUCCESS
 
     def _close_channel(self, relid: int) -> None:
-        vsp = self._vsps.get(relid)
-        self._let_go(vsp.close if vsp else None, self._open_channels.pop(relid).pair)
+        vsp, pair = self._vsps.get(relid), self._open_channels.pop(relid).pair
+        if isinstance(pair, Relay):
+            pair.stop()
+        self._let_go(vsp.close if vsp else None, pair)
 
 
 def _runs(pfns: Iterable[int]) -> list[tuple[int, int]]:

@@ -78,7 +78,9 @@ class Gate:
         due = [stream for stream in self.streams if stream.due()]  # all draw: none depends on what others do
         if not due:
             return UNHARMED
-        by_kind = {kind: [stream for stream in due if stream.fault.kind == kind] for kind in ("drop", "duplicate", "corrupt", "delay")}
+        by_kind = {
+            kind: [stream for stream in due if stream.fault.kind == kind] for kind in ("drop", "duplicate", "corrupt", "delay")
+        }
         if by_kind["drop"]:
             by_kind["drop"][0].hit()
             return Fate(drop=True)

@@ -25,7 +25,28 @@ from ...wire.ring import (
 
 T = TypeVar("T")
 
-NUMBERS = (0, 1, 2, 7, 8, 16, 24, 40, 64, 255, 256, 4096, 0x7FFF, 0x8000, 0xFFFF, 1 << 20, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF8, 0xFFFFFFFF)
+NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    16,
+    24,
+    40,
+    64,
+    255,
+    256,
+    4096,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    1 << 20,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFF8,
+    0xFFFFFFFF,
+)
 """Where checks go wrong."""
 _FORGED = 0x4F52_4745 << 32
 _NVSP_TYPES = (*range(4), *range(100, 110), 125, 128, 129, 133, 134, 135)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 from collections.abc import Callable
 
-from .fate import UNHARMED, Gate, Stream
+from .fate import Gate, Stream
+
+_CLOCK_SECONDS = 1e-6
+"""The loop may call a little early: by its clock's resolution."""
 
 MAX_HELD = 1000
-"""Things that one passage holds back at a time (tc-netem's default as well); what is to be late beyond that is not, nor counted."""
+"""Things that one passage holds back at a time, which is tc-netem's default as well."""
 
 
 class Passage:
     """Leads what is put into it to `deliver`, at once or later, on the loop that made it.
 
-    What is late is overtaken by what comes behind it. spared: bytes at the front of a thing that are not corrupted. gap: seconds between
-    the copies of one. kick: called when something came out later.
+    in_order: what comes behind something late waits for it; else it overtakes it. spared: bytes at the front of a thing that are not
+    corrupted. gap: seconds between the copies of one. kick: called when something came out later.
+
+    When it holds as much as it may, nothing more is late: then a thing passes at once, or, in order, all that was held with it.
     """
 
     def __init__(
@@ -23,18 +30,22 @@ class Passage:
         gate: Gate,
         deliver: Callable[[bytes], None],
         *,
+        in_order: bool = False,
         spared: int = 0,
         gap: float = 0.0,
         kick: Callable[[], None] = lambda: None,
     ) -> None:
         self._gate = gate
         self._deliver = deliver
+        self._in_order = in_order
         self._spared = spared
         self._gap = gap
         self._kick = kick
         self._loop = asyncio.get_running_loop()
-        self._held: dict[int, asyncio.TimerHandle] = {}
+        self._held: list[tuple[float, int, bytes]] = []
+        """A heap: when it is due, its number, the thing."""
         self._number = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def held(self) -> int:
@@ -49,9 +60,6 @@ class Passage:
     def put(self, thing: bytes) -> None:
         """Send it on its way. It is a private copy: what its sender does to it afterwards changes nothing."""
         fate = self._gate.judge()
-        if fate is UNHARMED:
-            self._deliver(thing)
-            return
         if fate.drop:
             return
         for stream in fate.corrupt:
@@ -65,9 +73,8 @@ class Passage:
 
     def close(self) -> None:
         """Let go of what is held back: whom it was for is gone."""
-        for timer in self._held.values():
-            timer.cancel()
         self._held.clear()
+        self._set_timer()
 
     def _corrupted(self, thing: bytes, stream: Stream) -> bytes:
         """With one bit turned round, if there is one behind what is spared."""
@@ -80,13 +87,31 @@ class Passage:
         return bytes(changed)
 
     def _at(self, delay: float, thing: bytes) -> None:
-        if delay <= 0:
+        due = self._loop.time() + delay
+        if self._in_order and self._held:
+            if len(self._held) >= MAX_HELD:
+                self._release(math.inf)
+            else:
+                due = max(due, max(self._held)[0])
+                delay = math.inf
+        if delay <= 0 or len(self._held) >= MAX_HELD:
             self._deliver(thing)
             return
         self._number += 1
-        self._held[self._number] = self._loop.call_later(delay, self._ripe, self._number, thing)
+        heapq.heappush(self._held, (due, self._number, thing))
+        self._set_timer()
 
-    def _ripe(self, number: int, thing: bytes) -> None:
-        del self._held[number]
-        self._deliver(thing)
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._held[0][0], self._ripe) if self._held else None
+
+    def _ripe(self) -> None:
+        self._timer = None
+        self._release(self._loop.time() + _CLOCK_SECONDS)
+        self._set_timer()
         self._kick()
+
+    def _release(self, until: float) -> None:
+        while self._held and self._held[0][0] <= until:
+            self._deliver(heapq.heappop(self._held)[2])

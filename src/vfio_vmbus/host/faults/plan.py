@@ -173,7 +173,9 @@ def _counts(text: str, rest: list[str]) -> dict[str, int]:
     for word in rest:
         found = re.fullmatch(r"(after|times)=(\d{1,18})", word)
         if found is None or found[1] in counts or (found[1] == "times" and int(found[2]) == 0):
-            raise _wrong(text, f"{word!r}: behind the rate come after=N and times=N, each once, and of delay the time before them")
+            raise _wrong(
+                text, f"{word!r}: behind the rate come after=N and times=N, each once, and of delay the time before them"
+            )
         counts[found[1]] = int(found[2])
     return counts
 

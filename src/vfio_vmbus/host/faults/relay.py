@@ -1,8 +1,8 @@
 """A relay between a guest's rings and the VSP that serves them: where packets, completions and interrupts meet their fates.
 
 The VSP gets a pair of rings of its own, as large as the guest's, and a doorbell of its own; packets are carried from ring to ring, in
-order, but for what the orders do to them. So VSPs and the kernels of the data plane know nothing of faults, and where none are ordered there is
-no relay. It runs on the host's loop, in Python: some ten thousand packets a second, of up to 64 frames each.
+order, but for what the orders do to them. So VSPs and the kernels of the data plane know nothing of faults, and where none are ordered
+there is no relay. It runs on the host's loop, in Python: some ten thousand packets a second, of up to 64 frames each.
 """
 
 from __future__ import annotations
@@ -46,11 +46,9 @@ _OUT_OF_RING = struct.pack("<I", 0xFFFFFFFF)
 _CHANNEL_FLOWS = (Flow.PACKETS_TO_GUEST, Flow.PACKETS_TO_HOST, Flow.COMPLETIONS, Flow.INTERRUPTS, Flow.HOSTILE_PACKETS)
 
 
-def relay(desk: Desk | None, device: str, context: ChannelContext, interrupt: int) -> Relay | None:
+def relay(desk: Desk, device: str, context: ChannelContext, interrupt: int) -> Relay | None:
     """A relay for an open channel of a device, where faults are ordered for it. interrupt: what its pair signals the guest by."""
-    if desk is None or not desk.touches(device, *_CHANNEL_FLOWS):
-        return None
-    return Relay(desk, device, context, interrupt)
+    return Relay(desk, device, context, interrupt) if desk.touches(device, *_CHANNEL_FLOWS) else None
 
 
 class _Way:
@@ -153,9 +151,7 @@ class Relay:
         self._bell = Passage(desk.gate(device, Flow.INTERRUPTS), self._ring, gap=_REPEAT_SECONDS)
         if not self._bell.free:
             self._outer.lead_to(NOBODY)
-        self._lies = [
-            (stream, stream.fault.lies(Flow.HOSTILE_PACKETS)) for stream in desk.streams(device, Flow.HOSTILE_PACKETS)
-        ]
+        self._lies = [(stream, stream.fault.lies(Flow.HOSTILE_PACKETS)) for stream in desk.streams(device, Flow.HOSTILE_PACKETS)]
         self._forger = Forger()
 
     # Going on.
@@ -232,8 +228,11 @@ class Relay:
         incoming, outgoing = self._outer.incoming, self._outer.outgoing
         end, field = pick(
             stream.how,
-            ((outgoing, WRITE_INDEX), (outgoing, WRITE_INDEX), (incoming, READ_INDEX), (incoming, READ_INDEX))
-            + ((outgoing, PENDING_SEND_SZ), (incoming, INTERRUPT_MASK)),
+            (
+                *(2 * ((outgoing, WRITE_INDEX), (incoming, READ_INDEX))),
+                (outgoing, PENDING_SEND_SZ),
+                (incoming, INTERRUPT_MASK),
+            ),
         )
         size, right = end.size, end.mapping.read(field, 4)
         own = int.from_bytes(right, "little")
