@@ -239,10 +239,12 @@ class Relay:
         value = pick(stream.how, (size, size - 4, size + 8, (own - 8) % size, (own + 8) % size, own + 1, word(stream.how)))
         end.mapping.write(field, struct.pack("<I", value))
         outgoing.signal()
-        if field in (PENDING_SEND_SZ, INTERRUPT_MASK):
-            self._later(_REPAIR_SECONDS, lambda: end.mapping.write(field, bytes(4)))
-        else:
-            self._later(_REPAIR_SECONDS, lambda: end.mapping.write(field, struct.pack("<I", end.shown)))
+        self._later(_REPAIR_SECONDS, lambda: self._put_right(end, field))
+
+    def _put_right(self, end: IncomingRing | OutgoingRing, field: int) -> None:
+        index = end.shown if field in (WRITE_INDEX, READ_INDEX) else 0
+        end.mapping.write(field, struct.pack("<I", index))
+        self._kick()  # the guest may have kept quiet meanwhile, as it was told to
 
     def _scribble(self, stream: Stream, packet: bytes) -> None:
         """Write nonsense over one of the RNDIS messages that a transfer announces, in the guest's receive buffer."""
