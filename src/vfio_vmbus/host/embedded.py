@@ -207,6 +207,15 @@ class EmbeddedHost:
         desk = self._faults
         return self.run(desk.counts) if desk else []
 
+    def fault_counters(self, device: str) -> dict[str, int]:
+        """The same as counters of a device, with names like "fault_drop_packets_to_guest"; none where no faults are ordered."""
+        counters: dict[str, int] = {}
+        for done in self.fault_counts():
+            if device in done.device.split("+"):  # messages are a client's, which may have several devices
+                name = f"fault_{done.kind}_{done.flow}".replace("-", "_")
+                counters[name] = counters.get(name, 0) + done.hits
+        return counters
+
     def at_close(self, callback: Callable[[], None]) -> None:
         """Call this on the host's loop when the host closes, before its clients are let go."""
         self._at_close.append(callback)

@@ -15,10 +15,12 @@ from .plan import Fault, FaultPlan, Flow
 
 @dataclass(frozen=True)
 class FaultCount:
-    """What a fault has done. flow: of which device. seen: events that it could have hit. hits: those that it did."""
+    """What a fault has done. device: its name; messages are counted under those of all of a client's devices, joined by "+". flow: in
+    the words of `Flow`. seen: events that it could have hit. hits: those that it did."""
 
     device: str
     flow: str
+    kind: str
     fault: str
     seen: int
     hits: int
@@ -50,7 +52,7 @@ class Stream:
         self.hits += 1
 
     def count(self) -> FaultCount:
-        return FaultCount(self.device, self.flow.value, str(self.fault), self.seen, self.hits)
+        return FaultCount(self.device, self.flow.value, self.fault.kind, str(self.fault), self.seen, self.hits)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from .forger import forge_message
 from .passage import Passage
 from .plan import Flow
 
-_MESSAGE_FLOWS = (Flow.MESSAGES_TO_GUEST, Flow.MESSAGES_TO_HOST, Flow.HOSTILE_MESSAGES)
+_MESSAGE_FLOWS = (Flow.MESSAGES_TO_GUEST, Flow.MESSAGES_TO_HOST, Flow.LIES_IN_MESSAGES)
 
 
 def faulted(desk: Desk | None, device: str, carrier: Carrier) -> Carrier:
@@ -36,7 +36,7 @@ class FaultyCarrier:
 
         self._to_guest = passage(Flow.MESSAGES_TO_GUEST, carrier.send)
         self._to_host = passage(Flow.MESSAGES_TO_HOST, self._bring)
-        self._lies = desk.streams(device, Flow.HOSTILE_MESSAGES)
+        self._lies = desk.streams(device, Flow.LIES_IN_MESSAGES)
         self.contact = carrier.contact
         self.flush = carrier.flush
         self.doorbell = carrier.doorbell

@@ -20,7 +20,7 @@ class Passage:
     """Leads what is put into it to `deliver`, at once or later, on the loop that made it.
 
     in_order: what comes behind something late waits for it; else it overtakes it. spared: bytes at the front of a thing that are not
-    corrupted. gap: seconds between the copies of one. kick: called when something came out later.
+    corrupted. gap: seconds between the copies of one. dropped: is told of what is lost. kick: called when something came out later.
 
     When it holds as much as it may, nothing more is late: then a thing passes at once, or, in order, all that was held with it.
     """
@@ -33,6 +33,7 @@ class Passage:
         in_order: bool = False,
         spared: int = 0,
         gap: float = 0.0,
+        dropped: Callable[[bytes], None] = lambda thing: None,
         kick: Callable[[], None] = lambda: None,
     ) -> None:
         self._gate = gate
@@ -40,6 +41,7 @@ class Passage:
         self._in_order = in_order
         self._spared = spared
         self._gap = gap
+        self._dropped = dropped
         self._kick = kick
         self._loop = asyncio.get_running_loop()
         self._held: list[tuple[float, int, bytes]] = []
@@ -61,6 +63,7 @@ class Passage:
         """Send it on its way. It is a private copy: what its sender does to it afterwards changes nothing."""
         fate = self._gate.judge()
         if fate.drop:
+            self._dropped(thing)
             return
         for stream in fate.corrupt:
             thing = self._corrupted(thing, stream)

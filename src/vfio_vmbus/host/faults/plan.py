@@ -33,14 +33,16 @@ class Flow(StrEnum):
     PACKETS_TO_GUEST = "packets-to-guest"
     """Ring packets other than completions: of a network card, announcements of received frames (up to 64 in one), RNDIS answers."""
     PACKETS_TO_HOST = "packets-to-host"
-    """All that the guest puts into its ring: sends, control messages, and its completions of what it received."""
+    """Likewise: transfers of frames to send, NVSP and RNDIS questions."""
     COMPLETIONS = "completions"
-    """Of the guest's sends and questions."""
+    """Of what the guest sent, frames and questions."""
+    COMPLETIONS_TO_HOST = "completions-to-host"
+    """The guest's own, of what it received."""
     INTERRUPTS = "interrupts"
     """Signals of a channel to the guest, as they would be due."""
-    HOSTILE_PACKETS = "hostile packets"
+    LIES = "lies"
     """All packets to the guest, completions too: beside which a malformed one may come."""
-    HOSTILE_MESSAGES = "hostile messages"
+    LIES_IN_MESSAGES = "lies-in-messages"
 
 
 TARGETS: dict[str, tuple[Flow, ...]] = {
@@ -51,17 +53,18 @@ TARGETS: dict[str, tuple[Flow, ...]] = {
     "packets-to-guest": (Flow.PACKETS_TO_GUEST,),
     "packets-to-host": (Flow.PACKETS_TO_HOST,),
     "completions": (Flow.COMPLETIONS,),
+    "completions-to-host": (Flow.COMPLETIONS_TO_HOST,),
     "interrupts": (Flow.INTERRUPTS,),
 }
 
 LIES: dict[str, Flow] = {
-    "indices": Flow.HOSTILE_PACKETS,
-    "headers": Flow.HOSTILE_PACKETS,
-    "ranges": Flow.HOSTILE_PACKETS,
-    "transactions": Flow.HOSTILE_PACKETS,
-    "nvsp": Flow.HOSTILE_PACKETS,
-    "rndis": Flow.HOSTILE_PACKETS,
-    "messages": Flow.HOSTILE_MESSAGES,
+    "indices": Flow.LIES,
+    "headers": Flow.LIES,
+    "ranges": Flow.LIES,
+    "transactions": Flow.LIES,
+    "nvsp": Flow.LIES,
+    "rndis": Flow.LIES,
+    "messages": Flow.LIES_IN_MESSAGES,
 }
 """What a hostile host lies about: ring indices, packet descriptors, places in the receive buffer, transaction ids, NVSP messages,
 RNDIS messages, VMBus control messages. The first two end a channel for a driver that notices."""

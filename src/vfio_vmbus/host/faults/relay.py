@@ -24,7 +24,7 @@ from ...ring.pair import RingPair
 from ...ring.primitives import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from ...vfio import eventfd
 from ...wire import nvsp
-from ...wire.ring import PACKET_COMPLETION, PACKET_INBAND, PACKET_XFER_PAGES
+from ...wire.ring import FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION, PACKET_INBAND, PACKET_XFER_PAGES, Packet
 from ...wire.table import Side
 from ..vsp import ChannelContext
 from .fate import Desk, Stream
@@ -35,15 +35,25 @@ from .plan import Flow
 _BUDGET = 64
 """Packets carried in one direction before others get their turn."""
 _RETRY_SECONDS = 0.001
-_SPARED = 8
-"""Bytes of a packet that are not corrupted: kind, lengths, flags. A reader who could not rely on them would lose the ring's thread."""
+_SPARED = 16
+"""Bytes of a packet that are not corrupted: kind, lengths, flags, without which a reader would lose the ring's thread, and the transaction,
+without which whatever the packet is about would be lost for good."""
+_SPARED_OF_COMPLETIONS = 8
+"""Of completions the transaction is the point."""
 _REPEAT_SECONDS = 0.001
 """Between an interrupt and its duplicate: two at once are one."""
 _REPAIR_SECONDS = 0.001
 """How long an index lies, unless traffic rights it before."""
 _OUT_OF_RING = struct.pack("<I", 0xFFFFFFFF)
 
-_CHANNEL_FLOWS = (Flow.PACKETS_TO_GUEST, Flow.PACKETS_TO_HOST, Flow.COMPLETIONS, Flow.INTERRUPTS, Flow.HOSTILE_PACKETS)
+_CHANNEL_FLOWS = (
+    Flow.PACKETS_TO_GUEST,
+    Flow.PACKETS_TO_HOST,
+    Flow.COMPLETIONS,
+    Flow.COMPLETIONS_TO_HOST,
+    Flow.INTERRUPTS,
+    Flow.LIES,
+)
 
 
 def relay(desk: Desk, device: str, context: ChannelContext, interrupt: int) -> Relay | None:
@@ -140,18 +150,20 @@ class Relay:
         self.context = replace(context, pair=pair, doorbell=doorbell)
 
     def _open_passages(self, stack: ExitStack, desk: Desk, device: str) -> None:
-        def passage(flow: Flow, way: _Way) -> Passage:
-            return Passage(desk.gate(device, flow), way.queue.append, spared=_SPARED, kick=self._soon)
+        def passage(flow: Flow, way: _Way, spared: int = _SPARED) -> Passage:
+            lost = self._given_back if flow is Flow.PACKETS_TO_GUEST else _nothing
+            return Passage(desk.gate(device, flow), way.queue.append, spared=spared, dropped=lost, kick=self._soon)
 
         self._passages = {
             Flow.PACKETS_TO_HOST: passage(Flow.PACKETS_TO_HOST, self._up),
+            Flow.COMPLETIONS_TO_HOST: passage(Flow.COMPLETIONS_TO_HOST, self._up, _SPARED_OF_COMPLETIONS),
             Flow.PACKETS_TO_GUEST: passage(Flow.PACKETS_TO_GUEST, self._down),
-            Flow.COMPLETIONS: passage(Flow.COMPLETIONS, self._down),
+            Flow.COMPLETIONS: passage(Flow.COMPLETIONS, self._down, _SPARED_OF_COMPLETIONS),
         }
         self._bell = Passage(desk.gate(device, Flow.INTERRUPTS), self._ring, gap=_REPEAT_SECONDS)
         if not self._bell.free:
             self._outer.lead_to(NOBODY)
-        self._lies = [(stream, stream.fault.lies(Flow.HOSTILE_PACKETS)) for stream in desk.streams(device, Flow.HOSTILE_PACKETS)]
+        self._lies = [(stream, stream.fault.lies(Flow.LIES)) for stream in desk.streams(device, Flow.LIES)]
         self._forger = Forger()
 
     # Going on.
@@ -198,7 +210,9 @@ class Relay:
 
     def _from_guest(self, packet: bytes) -> None:
         kind, offset, _, _, transaction = struct.unpack_from("<HHHHQ", packet)
-        if kind == PACKET_COMPLETION and is_forged(transaction):
+        if kind == PACKET_COMPLETION:
+            if not is_forged(transaction):
+                self._passages[Flow.COMPLETIONS_TO_HOST].put(packet)
             return
         if kind == PACKET_INBAND and packet[8 * offset : 8 * offset + 4] == struct.pack("<I", nvsp.SEND_RECEIVE_BUFFER):
             (self._receive_buffer,) = struct.unpack_from("<I", packet.ljust(8 * offset + 8, b"\0"), 8 * offset + 4)
@@ -213,6 +227,14 @@ class Relay:
         (kind,) = struct.unpack_from("<H", packet)
         self._passages[Flow.COMPLETIONS if kind == PACKET_COMPLETION else Flow.PACKETS_TO_GUEST].put(packet)
 
+    def _given_back(self, packet: bytes) -> None:
+        """A transfer to the guest is lost: the VSP may use its sections again. It is the driver that is tested, not what the host leaks."""
+        kind, _, _, flags, transaction = struct.unpack_from("<HHHHQ", packet)
+        if kind == PACKET_XFER_PAGES and flags & FLAG_COMPLETION_REQUESTED:
+            done = nvsp.encode_message(nvsp.SendRndisPacketComplete())
+            self._up.queue.append(Packet(packet_type=PACKET_COMPLETION, transaction_id=transaction, payload=done).pack())
+            self._soon()
+
     # Lies.
 
     def _lie(self, stream: Stream, about: str, packet: bytes) -> None:
@@ -226,14 +248,8 @@ class Relay:
     def _misplace(self, stream: Stream) -> None:
         """Put a number that cannot be right into what of the control pages is the host's to write, for a moment."""
         incoming, outgoing = self._outer.incoming, self._outer.outgoing
-        end, field = pick(
-            stream.how,
-            (
-                *(2 * ((outgoing, WRITE_INDEX), (incoming, READ_INDEX))),
-                (outgoing, PENDING_SEND_SZ),
-                (incoming, INTERRUPT_MASK),
-            ),
-        )
+        indices: list[tuple[IncomingRing | OutgoingRing, int]] = [(outgoing, WRITE_INDEX), (incoming, READ_INDEX)]
+        end, field = pick(stream.how, [*(2 * indices), (outgoing, PENDING_SEND_SZ), (incoming, INTERRUPT_MASK)])
         size, right = end.size, end.mapping.read(field, 4)
         own = int.from_bytes(right, "little")
         value = pick(stream.how, (size, size - 4, size + 8, (own - 8) % size, (own + 8) % size, own + 1, word(stream.how)))
@@ -278,3 +294,7 @@ class Relay:
         outgoing.signal()
         outgoing.lead_to(NOBODY)
         self._signals += 1  # this one is no new one
+
+
+def _nothing(packet: bytes) -> None:
+    """Whoever sent it finds out for itself."""
