@@ -13,6 +13,7 @@ import typer
 
 from .card import Card, DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card, is_embedded
 from .device import UnsafeOption
+from .faults import FAULT_HEADS, FaultOption, FaultSeedOption, HostileOption, fault_plan, fault_rows
 from .output import Progress, count, print_json, print_table, progress
 from .stopping import stoppable
 
@@ -35,8 +36,9 @@ def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> No
     ports = {port.name: asdict(port.counters()) for port in card.host.switch.ports} if card.host else {}
     nic = asdict(card.nic.info)
     counters = asdict(card.nic.counters())
+    faults = fault_rows(card.host) if card.host else []
     if as_json:
-        print_json({**result, "nic": nic, "counters": counters, "ports": ports})
+        print_json({**result, "nic": nic, "counters": counters, "ports": ports, **({"faults": faults} if faults else {})})
         return
     print_table(title, ("what", "value"), [(name.replace("_", " "), value) for name, value in result.items()], right=(1,))
     if not ports:
@@ -45,6 +47,8 @@ def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> No
     rows = [(name, *(values[key] for key in names)) for name, values in ports.items()]
     heads = ("port", "frames in", "bytes in", "frames out", "bytes out", "no room", "spoofed", "errors")
     print_table("Ports of the switch", heads, rows, right=range(1, 8))
+    if faults:
+        print_table("Faults", FAULT_HEADS, [list(row.values()) for row in faults], right=(3, 4))
 
 
 @app.command()
@@ -56,6 +60,9 @@ def tap(
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Give the card to the kernel's stack, as a TAP.
@@ -64,12 +71,17 @@ def tap(
 
     Example: vfio-vmbus net tap vm0 --port tap:vm1 --port capture:vm.pcap
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.lab.tap import open_tap
 
     embedded = is_embedded(device)
     with progress(_COMPILING) as shown, stoppable() as stop, ExitStack() as stack:
         own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
-        card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe))
+        card = stack.enter_context(
+            driven_card(
+                device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe, faults=faults, command="tap"
+            )
+        )
         interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
         from ..apps.tap import TapBridge
 
@@ -92,6 +104,9 @@ def fwd(
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send every frame back to its sender.
@@ -100,10 +115,11 @@ def fwd(
 
     Example: vfio-vmbus net fwd --port generator:64 --seconds 3
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe) as card,
+        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe, faults=faults, command="fwd") as card,
     ):
         from ..apps.forward import Forwarder
 
@@ -124,6 +140,9 @@ def capture(
     snaplen: Annotated[int, typer.Option("--snaplen", help="Bytes kept of a frame.", min=14, max=65535)] = 65535,
     mtu: MtuOption = 1500,
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write what the card receives to a file.
@@ -132,12 +151,13 @@ def capture(
 
     Example: vfio-vmbus net capture out.pcap --port replay:in.pcap --seconds 1
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.capture import capture as run
 
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe) as card,
+        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe, faults=faults, command="capture") as card,
     ):
         start = time.monotonic()
         done = run(
@@ -162,6 +182,9 @@ def replay(
     loops: Annotated[int, typer.Option("--loops", help="Send it so often.", min=1)] = 1,
     recorded_pace: Annotated[bool, typer.Option("--recorded-pace", help="As fast as it was recorded.")] = False,
     mtu: MtuOption = 1500,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send the frames of a capture.
@@ -170,9 +193,13 @@ def replay(
 
     Example: vfio-vmbus net replay in.pcap --port capture:out.pcap
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.replay import replay as run
 
-    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe) as card:
+    with (
+        progress(_COMPILING) as shown,
+        driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe, faults=faults, command="replay") as card,
+    ):
         done = run(
             card.nic,
             file,
@@ -202,7 +229,7 @@ def bench(
     results = []
     with progress(_COMPILING) as shown:
         for size in sizes or [64, 256, 1500]:
-            with driven_card("embedded", ["sink"], mtu=max(1500, size - 14), poll=poll) as card:
+            with driven_card("embedded", ["sink"], mtu=max(1500, size - 14), poll=poll, command="bench") as card:
                 from ..apps.measure import measure_receiving, measure_sending
                 from ..host.embedded import random_mac
 
