@@ -48,7 +48,8 @@ class Forked:
         self._told, tell = os.pipe()
         (stdin, to), (out, stdout), (err, stderr) = os.pipe(), os.pipe(), os.pipe()
         self.stdin, self.stdout, self.stderr = os.fdopen(to, "w", 1), os.fdopen(out), os.fdopen(err)
-        request = {"arguments": arguments, "folder": os.fspath(cwd), "numbers": [0, 1, 2, *pass_fds]}
+        place = {"folder": os.fspath(cwd), "environment": dict(os.environ)}
+        request = {"arguments": arguments, "numbers": [0, 1, 2, *pass_fds], **place}
         socket.send_fds(_forking(), [json.dumps(request).encode()], [tell, stdin, stdout, stderr, *pass_fds])
         for fd in (tell, stdin, stdout, stderr):
             os.close(fd)

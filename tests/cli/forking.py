@@ -1,7 +1,8 @@
 """`python tests/cli/forking.py FD`: a process that has imported all that commands need, and forks one for each request.
 
-A start of the command takes a second, nearly all of it imports. A request is a datagram at the socket FD: arguments, folder and numbers
-of descriptors as JSON, with the descriptors; the first of them is told the command's process number, and how it ended.
+A start of the command takes a second, nearly all of it imports. A request is a datagram at the socket FD: arguments, folder,
+environment and numbers of descriptors as JSON, with the descriptors; the first of them is told the command's process number, and how it
+ended.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def import_all() -> None:
 def wait_for_requests(control: socket.socket) -> None:
     """Return as the process of each request; end when nobody is left to make one."""
     while True:
-        request, fds, _, _ = socket.recv_fds(control, 1 << 16, 16, socket.MSG_CMSG_CLOEXEC)
+        request, fds, _, _ = socket.recv_fds(control, 1 << 17, 16, socket.MSG_CMSG_CLOEXEC)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG if request else 0)[0]:
                 pass
@@ -63,7 +64,7 @@ def fork_command(told: int, *fds: int) -> None:
     os._exit(0)
 
 
-def become(fds: list[int], arguments: list[str], folder: str, numbers: list[int]) -> None:
+def become(fds: list[int], arguments: list[str], folder: str, environment: dict[str, str], numbers: list[int]) -> None:
     """A process like one that was started, with these descriptors at these numbers."""
     above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for fd in fds]
     for fd in fds:
@@ -76,6 +77,8 @@ def become(fds: list[int], arguments: list[str], folder: str, numbers: list[int]
     )
     sys.argv = ["vfio-vmbus", *arguments]
     os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     signal.alarm(SECONDS)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_cli import one_line, run
-from tests.cli.test_cli_serve import line, rest, serving
+from tests.cli.commands import Process, one_line, run, started
+from tests.cli.test_cli_serve import line, rest
 from tests.control.test_exposition import read
 from vfio_vmbus.bus.machine import Machine
 
@@ -39,9 +39,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() == 0 and not can_be_seen(), reason=
 
 
 @contextmanager
-def driving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "vfio_vmbus", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def driving(*arguments: str) -> Iterator[Process]:
+    with started(*arguments) as process:
         try:
             yield process
         finally:
@@ -66,7 +65,7 @@ def until(condition: Callable[[dict[str, Any]], bool], name: str) -> dict[str, A
 
 def test_a_server_and_its_client(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--port", "generator", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--port", "generator", "--name", name) as server:
         assert line(server).startswith("serving")
         found = asked(name)["processes"][0]
         assert (found["kind"], found["pid"], found["clients"], found["unsafe"]) == ("serve", server.pid, [], [])
@@ -93,7 +92,7 @@ def test_a_server_and_its_client(tmp_path: Path) -> None:
 
 def test_orders_to_a_server(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--name", name) as server:
         line(server)
         with driving("net", "fwd", "--device", f"unix:{tmp_path}/a"):
             until(lambda one: one["clients"] and one["clients"][0]["channels"], name)
@@ -128,7 +127,7 @@ def test_a_driver_on_a_host_of_its_own_takes_orders() -> None:
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--name", name) as server:
         line(server)
         done = run("serve", "--listen", tmp_path / "b", "--name", name)
         assert done.returncode == 2
@@ -137,7 +136,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
         server.kill()
         server.wait(60)
     assert name not in run("status").stdout  # whose socket it left behind
-    with serving("--listen", tmp_path / "b", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "b", "--name", name) as server:
         assert line(server).startswith("serving")
 
 
