@@ -93,7 +93,7 @@ def test_sizes_and_offsets_are_the_kernels(kind: type[Struct]) -> None:
     theirs = KERNEL["structs"][name]
     renamed = dict(row.split("=") for row in table.split())
     if kind not in WITHOUT_A_SIZE:
-        assert kind.SIZE == theirs["size"]
+        assert theirs["size"] == kind.SIZE
     ours = {renamed.get(field.name, field.name): field.offset for field in kind.FIELDS}
     ours.pop("-", None)
     assert ours == theirs["members"]
@@ -120,11 +120,11 @@ def test_what_an_exit_says_is_read_where_the_kernel_puts_it(name: str) -> None:
 
 
 def test_places_in_the_shared_page() -> None:
-    assert kvm.RUN_EXIT_REASON_AT == RUN["exit_reason"]
-    assert kvm.RUN_MMIO_DATA_AT == RUN["mmio.data"]
-    assert kvm.RUN_MSR_ERROR_AT == RUN["msr.error"]
-    assert kvm.RUN_MSR_DATA_AT == RUN["msr.data"]
-    assert kvm.RUN_HYPERV_RESULT_AT == RUN["hyperv"] + HYPERV["u.hcall.result"]
+    assert RUN["exit_reason"] == kvm.RUN_EXIT_REASON_AT
+    assert RUN["mmio.data"] == kvm.RUN_MMIO_DATA_AT
+    assert RUN["msr.error"] == kvm.RUN_MSR_ERROR_AT
+    assert RUN["msr.data"] == kvm.RUN_MSR_DATA_AT
+    assert RUN["hyperv"] + HYPERV["u.hcall.result"] == kvm.RUN_HYPERV_RESULT_AT
     assert kvm.RUN_UNION_AT == RUN["hyperv"] == RUN["io.direction"]
     assert KERNEL["structs"]["kvm_run"]["size"] == kvm.RUN_MIN_SIZE
 
