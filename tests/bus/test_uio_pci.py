@@ -7,6 +7,7 @@ import select
 import socket
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from vfio_vmbus.bus.policy import SWITCH, unsafe_uses
 from vfio_vmbus.bus.uio_pci import UioPciDevice
 from vfio_vmbus.bus.uio_pci_irq import Attendant, UioIrq
 from vfio_vmbus.bus.uio_pci_regions import _accesses
-from vfio_vmbus.errors import ClosedError, DmaError, UnavailableError, UnsafeError, UsageError
+from vfio_vmbus.errors import ClosedError, DmaError, RescindedError, UnavailableError, UnsafeError, UsageError
 from vfio_vmbus.iommu.physical import PhysicalBuffer
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory import signal  # noqa: F401  (which makes a memfd once)
@@ -224,10 +225,10 @@ def test_igb_uio_is_told_by_writes_whether_to_interrupt(here: Machine) -> None:
     folder = device(here)
     ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
-    event, attendant = eventfd.make(), Attendant()
+    event, attendant, gone = eventfd.make(), Attendant(), Event()
     with ours, kernels:
         with UioPciDevice(ADDRESS, machine=here) as made:
-            irq = UioIrq(IRQ_MSIX, ours.fileno(), made._config, attendant, made.check_open, control=True)
+            irq = UioIrq(IRQ_MSIX, ours.fileno(), made._config, attendant, made.check_open, gone.set, control=True)
             before = command(folder)
             irq.enable(0, event)
             irq.mask(0)
@@ -237,8 +238,45 @@ def test_igb_uio_is_told_by_writes_whether_to_interrupt(here: Machine) -> None:
             irq.disable(0)
             assert [kernels.recv(8)[0] for _ in range(4)] == [1, 0, 1, 0]
             assert command(folder) == before
+            assert not gone.is_set()
+            kernels.close()
+            assert gone.wait(30)
         attendant.close()
     os.close(event)
+
+
+def test_what_is_unplugged_is_gone_and_does_no_harm(here: Machine) -> None:
+    """The kernel ends reads of the node; then nothing of the device is touched any more."""
+    folder = device(here)
+    ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, nothing_left(objects=False), UioPciDevice(ADDRESS, machine=here) as made:
+        attendant, gone = Attendant(), Event()
+
+        def vanish() -> None:
+            made._vanish()
+            gone.set()
+
+        irq = UioIrq(IRQ_INTX, ours.fileno(), made._config, attendant, made.check_open, vanish, control=False)
+        region = made.region(0)
+        with region.map(0, PAGE) as mapping, SharedMemory(PAGE, "mine") as memory:
+            assert mapping.read(1, 3) == b"\1\2\3"
+            kernels.close()
+            assert gone.wait(30)
+            assert mapping.read(1, 3) == bytes(3)
+            mapping.write(0, b"nobody's")
+            uses = (
+                lambda: region.read(0, 4),
+                lambda: made.region(CONFIG_REGION).read(0, 4),
+                lambda: irq.disable(0),
+                lambda: made.dma.map(1 << 32, memory.fd, 0, PAGE, READ),
+                made.reset,
+            )
+            for use in uses:
+                with pytest.raises(RescindedError, match="is gone: it was unplugged, or another driver has it"):
+                    use()
+        attendant.close()
+    assert (folder / "resource0").read_bytes()[:4] == bytes(range(4))
 
 
 @KNOWN

@@ -91,10 +91,27 @@ def built(programs: Tools) -> Tools | str:
 
 
 @pytest.fixture(scope="session")
-def bare(programs: Tools, built: Tools | str) -> Iterator[BareGuest]:
+def beyond() -> Iterator[Namespace | str]:
+    """As `outside`, for the other guest."""
+    with ExitStack() as stack:
+        try:
+            lab = stack.enter_context(Lab(NamespaceSpec("beyond", "10.78.0.1/24")))
+        except UnavailableError as error:
+            yield str(error)
+        else:
+            yield lab.namespaces[0]
+
+
+@pytest.fixture(scope="session")
+def bare(programs: Tools, built: Tools | str, beyond: Namespace | str) -> Iterator[BareGuest]:
     """A guest without an IOMMU that has booted; one for all files, of which test_noiommu.py is the first: a taint stays."""
     tools = programs if isinstance(built, str) else built
-    with tempfile.TemporaryDirectory(prefix="rig-") as folder, BareGuest(tools, Path(folder)) as guest:
+    tap = -1 if isinstance(beyond, str) else beyond.tap.fd
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rig-")))
+        server = stack.enter_context(Server(folder, tap))
+        guest = stack.enter_context(BareGuest(tools, folder, server.path))
+        server.event("attached")
         print(guest.hello)
         yield guest
 

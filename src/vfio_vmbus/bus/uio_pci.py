@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
-from ..errors import ClosedError, UnavailableError, UsageError, VfioVmbusError
+from ..errors import ClosedError, RescindedError, UnavailableError, UsageError, VfioVmbusError
 from ..memory.mapping import Piece
 from ..vfio.device import CONFIG_REGION, Device, DeviceInfo, Dma, Irq, Region
 from ..vfio.kernel.nodes import full_address, open_node
@@ -41,7 +41,9 @@ class UioPciDevice(Device):
     unsafe: was policy.SWITCH given? Without, uio_pci_generic's device makes no DMA (`info.isolation` is "no-DMA"): `dma.map` raises
     UnavailableError, and so does a write to the configuration space that would turn bus mastering on. With it the device masters the bus,
     IOVAs are physical addresses, memory is to be a PhysicalBuffer's, and `info.isolation` is "". An `unmap` stops nobody: stop the
-    device before. One interrupt; see UioIrq. Any thread may use it; close it when none does.
+    device before. One interrupt; see UioIrq. Any thread may use it; close it when none does. Unplugged, or taken away by force, it raises
+    RescindedError, and what was mapped of it is zeros; only who touches it in that very moment is ended by the kernel (SIGBUS), and
+    of a device without an interrupt nobody is told.
 
     Raises UsageError for what is no address; UnavailableError, saying what to do, for a device that is not there, that another driver has,
     that is in use or may not be opened; UnsafeError as `allow_unsafe`.
@@ -52,6 +54,7 @@ class UioPciDevice(Device):
         self.unsafe = unsafe
         self._folder = machine.device(self.address)
         self._open = True
+        self._gone = False
         self._closing = Lock()
         self._regions: dict[int, SysfsRegion] = {}
         driver = _driver(self.address, machine)
@@ -119,6 +122,14 @@ class UioPciDevice(Device):
     def _check(self) -> None:
         if not self._open:
             raise ClosedError(f"{self.address} is closed")
+        if self._gone:
+            raise RescindedError(f"{self.address} is gone: it was unplugged, or another driver has it; close it here")
+
+    def _vanish(self) -> None:
+        """The driver has lost the device: the kernel takes the BARs away next, and would end whoever touches one (SIGBUS)."""
+        self._gone = True
+        for region in self._regions.values():
+            region.vanish()
 
     def _stop(self, attendant: Attendant) -> None:
         """No interrupts, no DMA, and, if that works, a reset: what is pinned may then be let go."""
@@ -156,7 +167,7 @@ class UioPciDevice(Device):
         index = _message_kind(machine, self._folder) if driver == IGB else IRQ_INTX
         if index == IRQ_INTX and not machine.number(self._folder / "irq"):
             return None
-        return UioIrq(index, file, self._config, attendant, self._check, control=driver == IGB)
+        return UioIrq(index, file, self._config, attendant, self._check, self._vanish, control=driver == IGB)
 
 
 class _DeviceDma(Dma):

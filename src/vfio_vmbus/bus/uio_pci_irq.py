@@ -31,7 +31,7 @@ _FAULTS: Final = (errno.EIO, errno.ENODEV, errno.ENXIO)
 
 
 class Attendant:
-    """Waits for the node and for doorbells, from the first need of it on."""
+    """Waits for the node and for doorbells, as soon as there is one of them."""
 
     def __init__(self) -> None:
         self.lock = RLock()
@@ -43,7 +43,7 @@ class Attendant:
         self._closed = False
 
     def watch(self, file: int, ready: Callable[[], bool]) -> None:
-        """Call `ready`, under the lock, whenever there is something to read; it is False when that is over."""
+        """Call `ready`, under the lock, whenever there is something to read, from now on; it is False when that is over."""
         with self.lock:
             self._selector.register(file, selectors.EVENT_READ, ready)
             if self._thread is None:
@@ -94,12 +94,23 @@ class UioIrq(Irq):
     """INTx, or with igb_uio the one vector of MSI or MSI-X that it took. Its line is enabled as long as somebody is to be told.
 
     INTx is masked when it falls (IRQ_AUTOMASKED): acknowledge it at the device, then `unmask`.
-    control: igb_uio's way to mask; otherwise by the command register. passed: how often somebody was told.
+    control: igb_uio's way to mask; otherwise by the command register. gone: is called when the driver has lost the device.
+    passed: how often somebody was told.
     """
 
     count = 1
 
-    def __init__(self, index: int, file: int, config: ConfigRegion, attendant: Attendant, check: Check, *, control: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        file: int,
+        config: ConfigRegion,
+        attendant: Attendant,
+        check: Check,
+        gone: Callable[[], None],
+        *,
+        control: bool,
+    ) -> None:
         self.index = index
         self.flags = IRQ_EVENTFD | _FLAGS[index]
         self.passed = 0
@@ -107,9 +118,10 @@ class UioIrq(Irq):
         self._config = config
         self._attendant = attendant
         self._check_open = check
+        self._gone = gone
         self._control = control
         self._eventfd = -1
-        self._watched = False
+        attendant.watch(file, self._ready)
 
     @property
     def enabled(self) -> bool:
@@ -127,9 +139,6 @@ class UioIrq(Irq):
             self._eventfd = kept
             if first:
                 self._counted()  # what came when nobody was to be told
-                if not self._watched:
-                    self._attendant.watch(self._file, self._ready)
-                    self._watched = True
                 self._let(True)
 
     def disable(self, vector: int) -> None:
@@ -174,6 +183,7 @@ class UioIrq(Irq):
 
     def _ready(self) -> bool:
         if not self._counted():
+            self._gone()
             return False
         if self._eventfd >= 0:
             eventfd.ring(self._eventfd)
@@ -183,12 +193,11 @@ class UioIrq(Irq):
     def _counted(self) -> bool:
         """Take note of interrupts; False once the device is gone."""
         try:
-            os.read(self._file, 4)
+            return len(os.read(self._file, 4)) == 4
         except BlockingIOError:
             return True
         except OSError:
             return False
-        return True
 
     def _forget(self) -> None:
         if self._eventfd >= 0:

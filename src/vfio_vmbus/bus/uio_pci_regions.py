@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Final
+from weakref import WeakSet
 
 from ..errors import ClosedError, RescindedError, UnavailableError, UsageError, VfioVmbusError
 from ..memory.mapping import Mapping, Piece
@@ -62,6 +63,9 @@ class SysfsRegion(Region):
     @abstractmethod
     def release(self) -> None:
         """Close what is open."""
+
+    def vanish(self) -> None:
+        """The device is gone; what is mapped of it is to stay harmless."""
 
     @abstractmethod
     def _load(self, offset: int, width: int) -> bytes: ...
@@ -149,6 +153,7 @@ class MemoryRegion(SysfsRegion):
         self.areas = ((0, pages),) if pages else ()
         self.flags |= REGION_MMAP if pages else 0
         self._fd = _open(path)
+        self._mapped_once: WeakSet[Mapping] = WeakSet()
         try:
             self._mapping = self._mapped(0, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, None)
         except VfioVmbusError:
@@ -168,13 +173,19 @@ class MemoryRegion(SysfsRegion):
         self._mapping.close()
         os.close(self._fd)
 
+    def vanish(self) -> None:
+        for mapping in list(self._mapped_once):
+            mapping.blank()
+
     def _mapped(self, offset: int, size: int, wrap_from: int | None) -> Mapping:
         try:
-            return Mapping([Piece(self._fd, offset, size)], wrap_from=wrap_from, populate=False)
+            mapping = Mapping([Piece(self._fd, offset, size)], wrap_from=wrap_from, populate=False)
         except OSError as error:
             raise UnavailableError(
                 f"{self._path} cannot be mapped: {error}; a locked-down kernel, or one with iomem=strict, lets nobody do that"
             ) from error
+        self._mapped_once.add(mapping)
+        return mapping
 
     def _load(self, offset: int, width: int) -> bytes:
         return int(_INTEGERS[width].from_address(self._at(offset)).value).to_bytes(width, "little")

@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 from ..errors import ClosedError, UsageError
 from .registry import register, unregister
@@ -39,6 +40,8 @@ _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 0x3
 _FAILED = ctypes.c_void_p(-1).value
+_ending = Lock()
+"""Held where an address is about to be anybody's again."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +168,20 @@ class Mapping:
         """Store bytes at `offset`. Errors as for `read`."""
         ctypes.memmove(self._place(offset, len(data)), data, len(data))
 
+    def blank(self) -> None:
+        """Put private zeros where the files were, for those whose files are taken away: touching them goes on, and means nothing."""
+        with _ending:
+            if not self.closed:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+                _mmap(self.address, self.span, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
     def close(self) -> None:
         """Unmap. Whoever runs kernels over this memory stops them first."""
-        if not self.closed:
-            self.closed = True
-            unregister(self.address)
-            _libc.munmap(self._base, self._reserved)
+        with _ending:
+            if not self.closed:
+                self.closed = True
+                unregister(self.address)
+                _libc.munmap(self._base, self._reserved)
 
     def __enter__(self) -> Mapping:
         return self

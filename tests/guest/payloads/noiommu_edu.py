@@ -40,6 +40,11 @@ def allowed() -> Iterator[None]:
         SWITCH.write_text("0")
 
 
+def switch(report: Report, on: bool) -> None:
+    """The kernel's own switch."""
+    SWITCH.write_text(str(int(on)))
+
+
 @contextmanager
 def ready(address: str) -> Iterator[None]:
     """The device is vfio-pci's, in a group without an IOMMU."""

@@ -24,7 +24,7 @@ def main(report: Callable[[Any], None], busybox: str, interface: str, address: s
     for words in (["addr", "add", address, "dev", interface], ["link", "set", interface, "up"]):
         subprocess.run([busybox, "ip", *words], check=True)
     folder = Path("/dev/shm/www")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     body = Random(7).randbytes(size)
     (folder / "file").write_bytes(body)
     server = subprocess.Popen([busybox, "httpd", "-f", "-p", str(PORT), "-h", str(folder)])
