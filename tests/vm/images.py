@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+
 def bzimage(
     *,
     version: int = 0x020F,

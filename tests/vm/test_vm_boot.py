@@ -96,7 +96,7 @@ def test_nothing_lies_on_anything_else() -> None:
     assert len(ranges) == 7
     assert all(first[1] <= second[0] for first, second in pairwise(ranges))
     low = [one for one in start.placements if one.gpa < MIB and one.what != "ACPI tables"]
-    assert all(0x1000 <= one.gpa and one.gpa + len(one.data) <= boot.LOW_END for one in low)
+    assert all(one.gpa >= 0x1000 and one.gpa + len(one.data) <= boot.LOW_END for one in low)
 
 
 def test_the_initrd_lies_as_high_as_the_kernel_allows() -> None:
