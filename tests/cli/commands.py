@@ -20,48 +20,46 @@ from pathlib import Path
 from typing import Self
 
 from tests.cli import forking
-from tests.cli.forking import SECONDS, TOLD
+from tests.cli.forking import NUMBER, SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache
-def _forking() -> socket.socket:
-    """Where requests go."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-P", forking.__file__, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-
-    def end() -> None:
-        ours.close()
-        process.wait()
-
-    atexit.register(end)
-    return ours
+def _forking() -> bytes:
+    """The address of the process that forks them."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind("")  # the kernel finds a name
+        listening.listen()
+        command = [sys.executable, "-P", forking.__file__, str(listening.fileno()), str(os.getpid())]
+        process = subprocess.Popen(command, pass_fds=[listening.fileno()])
+        atexit.register(process.wait)
+        atexit.register(process.terminate)
+        return listening.getsockname()
 
 
 class Forked:
     """What tests use of subprocess.Popen, for a command that was forked."""
 
     def __init__(self, arguments: Sequence[str], cwd: str | Path, pass_fds: Sequence[int]) -> None:
-        self._told, tell = os.pipe()
         (stdin, to), (out, stdout), (err, stderr) = os.pipe(), os.pipe(), os.pipe()
         self.stdin, self.stdout, self.stderr = os.fdopen(to, "w", 1), os.fdopen(out), os.fdopen(err)
         place = {"folder": os.fspath(cwd), "environment": dict(os.environ)}
         request = {"arguments": arguments, "numbers": [0, 1, 2, *pass_fds], **place}
-        socket.send_fds(_forking(), [json.dumps(request).encode()], [tell, stdin, stdout, stderr, *pass_fds])
-        for fd in (tell, stdin, stdout, stderr):
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(_forking())
+        socket.send_fds(self._connection, [json.dumps(request).encode()], [stdin, stdout, stderr, *pass_fds])
+        for fd in (stdin, stdout, stderr):
             os.close(fd)
         self.pid = self._read()
         self.returncode: int | None = None
 
     def _read(self) -> int:
-        return int(TOLD.unpack(os.read(self._told, TOLD.size))[0])
+        return int(NUMBER.unpack(self._connection.recv(NUMBER.size))[0])
 
     def poll(self) -> int | None:
         """How it ended, None: it has not."""
-        return self.wait() if self.returncode is None and select.select([self._told], [], [], 0)[0] else self.returncode
+        return self.wait() if self.returncode is None and select.select([self._connection], [], [], 0)[0] else self.returncode
 
     def wait(self, timeout: float = SECONDS) -> int:
         """How it ended. It is killed after `SECONDS`."""
@@ -91,9 +89,8 @@ class Forked:
 
     def __exit__(self, *error: object) -> None:
         self.wait()
-        for file in (self.stdin, self.stdout, self.stderr):
+        for file in (self.stdin, self.stdout, self.stderr, self._connection):
             file.close()
-        os.close(self._told)
 
 
 Process = subprocess.Popen[str] | Forked

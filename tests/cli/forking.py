@@ -1,8 +1,8 @@
-"""`python tests/cli/forking.py FD`: a process that has imported all that commands need, and forks one for each request.
+"""`python tests/cli/forking.py FD PARENT`: a process that has imported all that commands need, and forks one for each connection.
 
-A start of the command takes a second, nearly all of it imports. A request is a datagram at the socket FD: arguments, folder,
-environment and numbers of descriptors as JSON, with the descriptors; the first of them is told the command's process number, and how it
-ended.
+A start of the command takes a second, nearly all of it imports. Whoever connects to the listening socket FD sends a datagram: arguments,
+folder, environment and numbers of descriptors as JSON, with the descriptors; and is told the command's process number, and how it ended.
+It ends with the process PARENT.
 """
 
 from __future__ import annotations
@@ -16,51 +16,56 @@ import signal
 import socket
 import struct
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from importlib import import_module
+from io import StringIO
 
 import vfio_vmbus
+from vfio_vmbus.apps.lab.namespace import exit_with
 from vfio_vmbus.cli.main import main
 
 SECONDS = 120
 """A command that takes longer is killed."""
-TOLD = struct.Struct("i")
+NUMBER = struct.Struct("i")
 
 
 def import_all() -> None:
     for found in pkgutil.walk_packages(vfio_vmbus.__path__, "vfio_vmbus."):
         if "testing" not in found.name and not found.name.endswith("__main__"):
             import_module(found.name)
+    sys.argv = ["vfio-vmbus", "net", "fwd", "--mtu", "no number"]
+    with redirect_stderr(StringIO()), suppress(SystemExit):
+        main()  # typer imports more when it is used
+    gc.freeze()
 
 
-def wait_for_requests(control: socket.socket) -> None:
-    """Return as the process of each request; end when nobody is left to make one."""
+def accept_requests(listening: socket.socket) -> None:
+    """Return as the process of each request."""
     while True:
-        request, fds, _, _ = socket.recv_fds(control, 1 << 17, 16, socket.MSG_CMSG_CLOEXEC)
+        connection, _ = listening.accept()
         with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG if request else 0)[0]:
+            while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if not request:
-            os._exit(0)
-        if os.fork() == 0:
-            control.close()
-            fork_command(*fds)
-            become(fds[1:], **json.loads(request))
-            return
+        with connection:
+            request, fds, _, _ = socket.recv_fds(connection, 1 << 17, 16, socket.MSG_CMSG_CLOEXEC)
+            if os.fork() == 0:
+                listening.close()
+                fork_command(connection, fds)
+                become(fds, **json.loads(request))
+                return
         for fd in fds:
             os.close(fd)
 
 
-def fork_command(told: int, *fds: int) -> None:
+def fork_command(connection: socket.socket, fds: list[int]) -> None:
     """Return in a child; wait for it, and tell its number and how it ended."""
     child = os.fork()
     if child == 0:
-        os.close(told)
         return
     for fd in fds:  # the command's, whose ends somebody waits for
         os.close(fd)
-    os.write(told, TOLD.pack(child))
-    os.write(told, TOLD.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    connection.send(NUMBER.pack(child))
+    connection.send(NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
     os._exit(0)
 
 
@@ -79,11 +84,13 @@ def become(fds: list[int], arguments: list[str], folder: str, environment: dict[
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which exit_with took
     signal.alarm(SECONDS)
 
 
 if __name__ == "__main__":
+    socket_fd, parent = map(int, sys.argv[1:])
+    exit_with(parent)
     import_all()
-    gc.freeze()
-    wait_for_requests(socket.socket(fileno=int(sys.argv[1])))
+    accept_requests(socket.socket(fileno=socket_fd))
     main()
