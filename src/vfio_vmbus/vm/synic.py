@@ -12,7 +12,7 @@ import numpy as np
 from ..memory.access import copy, load32, load32_ordered, or32, store32, store32_release, store64
 from ..memory.bell import Bell
 from ..memory.block import Block
-from ..memory.kernel import step
+from ..memory.kernel import kernel
 from ..vfio import eventfd
 from ..wire import hyperv
 from ..wire.hyperv import SlotHeader
@@ -27,7 +27,7 @@ _VMBUS = hyperv.MESSAGE_VMBUS
 _PENDING = hyperv.MESSAGE_PENDING
 
 
-@step("i8(i8, i8, i8)")
+@kernel("i8(i8, i8, i8)")
 def put_message(slot: int, payload: int, size: int) -> int:
     """Put a message into a slot, if the last one was taken: 1. Else 0: the guest says so when it takes that one (EOM)."""
     if load32(slot) != 0:
