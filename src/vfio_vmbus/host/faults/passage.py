@@ -47,6 +47,8 @@ class Passage:
         self._held: list[tuple[float, int, bytes]] = []
         """A heap: when it is due, its number, the thing."""
         self._number = 0
+        self._last = 0.0
+        """When what was put in last is due, if order is kept."""
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -90,16 +92,15 @@ class Passage:
         return bytes(changed)
 
     def _at(self, delay: float, thing: bytes) -> None:
-        due = self._loop.time() + delay
-        if self._in_order and self._held:
-            if len(self._held) >= MAX_HELD:
-                self._release(math.inf)
-            else:
-                due = max(due, max(self._held)[0])
-                delay = math.inf
-        if delay <= 0 or len(self._held) >= MAX_HELD:
+        if self._in_order and len(self._held) >= MAX_HELD:
+            self._release(math.inf)
+        waits = delay > 0 or (self._in_order and self._held)
+        if not waits or len(self._held) >= MAX_HELD:
             self._deliver(thing)
             return
+        due = self._loop.time() + delay
+        if self._in_order:
+            due = self._last = max(due, self._last)
         self._number += 1
         heapq.heappush(self._held, (due, self._number, thing))
         self._set_timer()
