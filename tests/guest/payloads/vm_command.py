@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -142,6 +143,9 @@ def report_of(name: str) -> Any:
 
 def at_a_terminal(report: Callable[[Any], None], kernel: str, image: str) -> dict[str, Any]:
     """A person's guest: seen by `status`, changed by `control`, ended by the escape key."""
+    if not os.path.ismount("/dev/pts"):
+        os.makedirs("/dev/pts", exist_ok=True)
+        subprocess.run(["mount", "-t", "devpts", "devpts", "/dev/pts"], check=True)
     guest = Guests(kernel, image).ready("--nic", "none,mac=00:15:5d:00:00:07", "--name", "person", terminal=True)
     assert b"Ctrl-A x ends the machine" in guest.err
     report("ready")
