@@ -84,6 +84,22 @@ class Hyperv:
         self._stack = ExitStack()
         self._connection: Connection | None = None
         self._carrier: SynicCarrier | None = None
+        self._spoken = False
+        self._os_id = 0
+
+    @property
+    def silence(self) -> str | None:
+        """Why the guest has never spoken to VMBus, as far as can be told once its machine is closed; None if it has."""
+        if self._spoken:
+            return None
+        if not self._os_id:
+            return "the guest has not noticed Hyper-V: its kernel has no CONFIG_HYPERV, or did not get as far"
+        return "the guest has not asked for its VMBus devices: its kernel has no hv_vmbus, or did not load that module"
+
+    @property
+    def noticed(self) -> bool:
+        """Has the guest said what it is, as all that know Hyper-V do first? Once its machine is closed."""
+        return self._spoken or bool(self._os_id)
 
     @property
     def connection(self) -> Connection:
@@ -174,6 +190,7 @@ class Hyperv:
             return hyperv.STATUS_INVALID_CONNECTION_ID
         if message.message_type != hyperv.MESSAGE_VMBUS or message.payload_size > hyperv.MAX_PAYLOAD:
             return hyperv.STATUS_INVALID_PARAMETER
+        self._spoken = True
         return self._carrier.deliver(message.payload[: message.payload_size])
 
     def _signal(self, call: Hypercall) -> int:
@@ -236,6 +253,11 @@ class Hyperv:
     def crashed(self, vcpu: Vcpu) -> str:
         """Never: the filter brings the crash MSRs to `msr`, before KVM."""
         return self._crash_text(with_message=False)
+
+    def stopped(self, vcpu: Vcpu) -> None:
+        """KVM has the guest's word of what it is."""
+        if vcpu.index == 0:
+            self._os_id = vcpu.msr(hyperv.MSR_GUEST_OS_ID)
 
     def close(self) -> None:
         """Take the devices from the guest. No processor runs any more; the VM is closed afterwards."""

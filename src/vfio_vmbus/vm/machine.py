@@ -79,6 +79,11 @@ class Machine:
         """Input for the serial console, from any thread."""
         self._serial.feed(data)
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of input that the guest has not read. It loses some beyond 64 KiB, and what comes before it listens."""
+        return self._serial.waiting
+
     def wait(self, timeout: float | None = None) -> Ended:
         """Wait until it has ended. After `timeout` seconds it is stopped: the reason is "time-out" then, or the panic the guest died of."""
         if not self._over.wait(timeout):
@@ -184,6 +189,8 @@ class Machine:
         processor.run()
         with self._lock:
             self._running.pop(vcpu.index, None)
+        if self._paravirt is not None:
+            self._paravirt.stopped(vcpu)
 
     def _crash_text(self, vcpu: Vcpu) -> str:
         return (self._paravirt.crashed(vcpu) if self._paravirt is not None else "") or self._watch.text
