@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from .packages import Tools
 
@@ -40,6 +41,26 @@ def initramfs(
     tools: Tools, where: Path, command: Sequence[str], environment: Mapping[str, str], modules: Sequence[str] = MODULES
 ) -> None:
     """Write an initramfs to `where` whose init loads the modules and becomes `command`, run in the machine's file system."""
+    words = {
+        "share": SHARE,
+        "environment": " ".join(f"'{key}={value}'" for key, value in environment.items()),
+        "command": " ".join(f"'{word}'" for word in command),
+    }
+    pack(tools, where, _INIT, modules, words)
+
+
+def pack(
+    tools: Tools,
+    where: Path,
+    init: str,
+    modules: Sequence[str],
+    words: Mapping[str, str],
+    folders: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """Write an initramfs to `where`: busybox, the modules in /modules, and what `folders` names, each under its name.
+
+    init: with {modules} for their file names, in their order, and with `words` filled in.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("bin", "proc", "sys", "dev", "host", "modules"):
@@ -49,13 +70,9 @@ def initramfs(
         for name, code in _in_order(tools.modules, modules):
             (root / "modules" / name).write_bytes(code)
             names.append(name)
-        words = {
-            "modules": " ".join(names),
-            "share": SHARE,
-            "environment": " ".join(f"'{key}={value}'" for key, value in environment.items()),
-            "command": " ".join(f"'{word}'" for word in command),
-        }
-        (root / "init").write_text(_INIT.format(**words))
+        for name, source in folders.items():
+            shutil.copytree(source, root / name)
+        (root / "init").write_text(init.format(modules=" ".join(names), **words))
         (root / "init").chmod(0o755)
         files = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
         cpio = [str(tools.busybox), "cpio", "-o", "-H", "newc"]

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from . import agent
-from .image import SHARE, initramfs
+from .image import MODULES, SHARE, initramfs
 from .kernels import CPU
 from .packages import Tools
 from .process import PATIENCE, Program, RigError, tail
@@ -104,10 +104,20 @@ class Guest:
 
     boot_seconds = BOOT_SECONDS
     """What a boot may take on a loaded machine."""
-    preload = PRELOAD
+    preload: Sequence[str] = PRELOAD
     """Modules that are imported once, before the first payload."""
     settings: Mapping[str, str] = {}
     """More of the agent's environment."""
+    modules: Sequence[str] = MODULES
+    """The kernel's modules that the guest loads."""
+    processor = "max"
+    """QEMU's name for its CPU."""
+    board: Sequence[str] = ("-device", "intel-iommu,caching-mode=on")
+    """QEMU's options for what comes before all other devices."""
+    words = "intel_iommu=on"
+    """More of the kernel's command line."""
+    files_cached = "always"
+    """How long what the guest knows of the machine's files holds (virtiofsd --cache): nobody writes them while tests run."""
 
     def __init__(
         self, tools: Tools, folder: Path, kernels: Path, devices: Sequence[str] = (), *, memory: str = "1G", cpus: int = 1
@@ -194,7 +204,8 @@ class Guest:
         }
         self._make_image([sys.executable, agent.__file__, str(self._kernels), *self.preload], environment)
         share = self._folder / "share"
-        files = Program("virtiofsd", file_server(self._tools, share), self._folder / "virtiofsd.log")
+        server = file_server(self._tools, share, self.files_cached)
+        files = Program("virtiofsd", server, self._folder / "virtiofsd.log")
         stack.callback(files.end)
         files.until("its socket was there", lambda: share.exists() or None)
         self.qemu = Program("QEMU", self._command(), self._folder / "qemu.log", self._tools.qemu_environment)
@@ -211,23 +222,23 @@ class Guest:
 
     def _make_image(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """What boots and becomes `command`, the agent."""
-        initramfs(self._tools, self._folder / "init.cpio", command, environment)
+        initramfs(self._tools, self._folder / "init.cpio", command, environment, self.modules)
 
     def _connect(self, stack: ExitStack) -> None:
         """Once QEMU runs, before the agent says anything."""
 
     def _command(self) -> list[str]:
         # no_timer_check: on a loaded machine, emulated, the timer can be too late for the kernel, which panics then.
-        words = "console=ttyS0 quiet panic=-1 intel_iommu=on tsc=reliable no_timer_check"
+        words = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"
         files = self._folder / "share"
         return [
             *self._tools.qemu,
-            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self._cpus), "-m", self._memory),
+            *("-accel", "tcg,thread=multi", "-cpu", self.processor, "-smp", str(self._cpus), "-m", self._memory),
             *("-object", f"memory-backend-memfd,id=ram,size={self._memory},share=on", "-machine", "q35,memory-backend=ram"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{self._folder / 'console.log'}"),
-            *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio"), "-append", words),
+            *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio"), "-append", f"{words} {self.words}"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-device", "intel-iommu,caching-mode=on"),
+            *self.board,
             *("-device", "virtio-serial-pci,addr=2.0", "-device", "virtserialport,chardev=port"),
             *("-chardev", f"socket,id=port,path={self._folder / 'port'},server=on,wait=off"),
             *("-chardev", f"socket,id=share,path={files}", "-device", f"vhost-user-fs-pci,addr=3.0,chardev=share,tag={SHARE}"),
@@ -235,9 +246,9 @@ class Guest:
         ]
 
 
-def file_server(tools: Tools, socket: Path) -> list[str]:
+def file_server(tools: Tools, socket: Path, cached: str = "always") -> list[str]:
     """The command that serves this machine's file system, read-only, to a QEMU at a socket."""
-    served = [*tools.virtiofsd, "--shared-dir=/", f"--socket-path={socket}", "--readonly", "--cache=always"]
+    served = [*tools.virtiofsd, "--shared-dir=/", f"--socket-path={socket}", "--readonly", f"--cache={cached}"]
     return [*served, "--sandbox=none", "--inode-file-handles=never", "--log-level=error"]
 
 

@@ -46,6 +46,26 @@ def test_a_file_gets_the_number_one_in_four_bytes() -> None:
     assert os.strerror(bell.failed) == "Bad file descriptor"
 
 
+def test_with_a_word_and_a_file_only_the_first_to_set_the_bit_writes() -> None:
+    """As Hyper-V raises an interrupt for an event flag: the receiver clears the bit, then looks."""
+    words = Block("u4", 2)
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    bell = Bell(word=words.address, bits=1 << 31, file=fd, width=8)
+    for _ in range(3):
+        _strike(bell.number)
+    assert os.eventfd_read(fd) == 1
+    words.array[0] = 0x7FFFFFFF
+    _strike(bell.number)
+    assert os.eventfd_read(fd) == 1
+    assert words.array.tolist() == [0xFFFFFFFF, 0]
+    bell.move(words.address + 4)
+    _strike(bell.number)
+    _strike(bell.number)
+    assert os.eventfd_read(fd) == 1
+    assert words.array.tolist() == [0xFFFFFFFF, 1 << 31]
+    os.close(fd)
+
+
 def test_a_ring_rings_it() -> None:
     reading, writing = os.pipe()
     bell = Bell(file=writing)

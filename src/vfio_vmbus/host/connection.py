@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from ..vmbus import actions as act
 from ..vmbus.host import HostConnection
 from ..vmbus.limits import HostLimits
 from ..wire.gpa import PageRange
+from ..wire.monitor import number_of
 from ..wire.table import Side
 from ..wire.vmbus import (
     STATUS_INSUFFICIENT_RESOURCES,
@@ -35,6 +37,7 @@ from .carrier import Carrier
 from .faults.fate import Desk
 from .faults.messages import faulted
 from .faults.relay import Relay, relay
+from .monitor import Monitor
 from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
@@ -70,8 +73,8 @@ class _OpenChannel:
 class Connection:
     """The host's end for the client that `carrier` leads to. `devices` are offered to it, in order.
 
-    max_version, min_version: of VMBus, major << 16 | minor. max_pieces: of memory, see MAX_PIECES. faults: what is to
-    go wrong.
+    max_version, min_version: of VMBus, major << 16 | minor. monitored: channels may be signalled in the client's monitor page, which is
+    then looked at all the time. max_pieces: of memory, see MAX_PIECES. faults: what is to go wrong.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Connection:
         *,
         max_version: int = SUPPORTED_VERSIONS[0],
         min_version: int = SUPPORTED_VERSIONS[-1],
+        monitored: bool = False,
         max_pieces: int = MAX_PIECES,
         faults: Desk | None = None,
     ) -> None:
@@ -88,7 +92,10 @@ class Connection:
         """What the client did wrong, the latest last."""
         self.error_count = 0
         limits = HostLimits(max_offers=carrier.channels - 1, target_vps=carrier.targets)
-        self._machine = HostConnection(limits, max_version=max_version, min_version=min_version)
+        self._machine = HostConnection(limits, max_version=max_version, min_version=min_version, monitored=monitored)
+        self._monitored = monitored
+        self.monitor: Monitor | None = None
+        """While a monitored client is connected."""
         self._max_pieces = max_pieces
         self._devices = list(devices)
         """What is offered whenever the client connects."""
@@ -228,8 +235,8 @@ class Connection:
             log.warning("%s: %s", self.name, error)
 
     def _carry_out(self, actions: list[act.HostAction]) -> None:
-        """Do what the state machine asks, in order; its answers to that come next. Messages wait in the outbox: nothing in here raises,
-        so that the machine always learns what became of what it asked for."""
+        """Do what the state machine asks, in order; its answers to that come next. Messages wait: nothing in here raises, so that the
+        machine always learns what became of what it asked for. Except for a contact, behind which it asks for nothing: ProtocolError."""
         todo = deque(actions)
         while todo:
             todo.extendleft(reversed(self._do(todo.popleft())))
@@ -238,8 +245,8 @@ class Connection:
         match action:
             case act.Send(data=data):
                 self.carrier.send(data)
-            case act.Contact(target_vp=target):
-                self.carrier.contact(target)
+            case act.Contact():
+                self._contact(action)
             case act.GpadlCreate(handle=handle, relid=relid, ranges=ranges):
                 return self._machine.gpadl_created(handle, self._create_gpadl(handle, relid, ranges))
             case act.GpadlTeardown(handle=handle, relid=relid):
@@ -257,8 +264,38 @@ class Connection:
             case act.Refused(reason=reason):
                 self._note(ProtocolError(reason))
             case act.Disconnected():
+                self._end_monitor()
                 self._offer()
         return []
+
+    def _contact(self, action: act.Contact) -> None:
+        """The client's messages go somewhere from now on, and it may have a page to signal in. Raises ProtocolError where neither is."""
+        self.carrier.contact(action.target_vp)
+        _, page = action.monitor_pages
+        if not self._monitored or action.version is None or not page:
+            return
+        try:
+            if page % PAGE:
+                raise ProtocolError(f"a monitor page at {page:#x}: take a multiple of {PAGE}")
+            mapping = side_by_side(self.domain.pieces(page, PAGE, READ | WRITE))
+        except (IsolationFault, DmaError) as error:
+            raise ProtocolError(f"a monitor page at {page:#x}: {error}") from error
+        self.monitor = Monitor(mapping, f"{self.name}-monitor")
+
+    def _end_monitor(self) -> None:
+        monitor, self.monitor = self.monitor, None
+        if monitor is not None:
+            self._let_go(monitor.stop, monitor.page)
+
+    def _watch(self, relid: int, doorbell: int | None) -> None:
+        """The channel is signalled in the monitor page as well; with None not any more."""
+        number = number_of(relid)
+        if self.monitor is None or number is None:
+            return
+        if doorbell is None:
+            self.monitor.unwatch(number)
+        else:
+            self.monitor.watch(number, doorbell)
 
     def _create_gpadl(self, handle: int, relid: int, ranges: tuple[PageRange, ...]) -> int:
         """Look the pages up and keep them as pieces of the client's files; they are mapped when first used. An NTSTATUS."""
@@ -304,13 +341,12 @@ class Connection:
         gpadl = self._gpadls.pop(handle, None)
         if gpadl is not None and gpadl.mapping is not None:
             vsp = self._vsps.get(relid)
-            self._let_go((lambda: vsp.gpadl_gone(handle)) if vsp else None, gpadl.mapping)
+            self._let_go(lambda: vsp.gpadl_gone(handle) if vsp else None, gpadl.mapping)
 
-    def _let_go(self, leave: Callable[[], None] | None, memory: _Memory) -> None:
+    def _let_go(self, leave: Callable[[], None], memory: _Memory) -> None:
         """Have a VSP leave memory, then unmap it. If it cannot, the memory stays: better lost than pulled away from under a kernel."""
         try:
-            if leave is not None:
-                leave()
+            leave()
         except Exception as error:
             log.exception("%s: defect of the host: memory stays mapped", self.name)
             self._note(error)
@@ -332,6 +368,7 @@ class Connection:
         except (PeerError, DmaError, UsageError, OSError) as error:
             self._note(error)
             return STATUS_INSUFFICIENT_RESOURCES if isinstance(error, OSError) else STATUS_INVALID_PARAMETER
+        self._watch(action.relid, doorbell)
         context = ChannelContext(
             relid=action.relid,
             pair=pair,
@@ -357,9 +394,16 @@ class Connection:
 
     def _close_channel(self, relid: int) -> None:
         vsp, pair = self._vsps.get(relid), self._open_channels.pop(relid).pair
-        if isinstance(pair, Relay):
-            pair.stop()
-        self._let_go(vsp.close if vsp else None, pair)
+
+        def leave() -> None:
+            with ExitStack() as stack:
+                if vsp is not None:
+                    stack.callback(vsp.close)
+                if isinstance(pair, Relay):
+                    stack.callback(pair.stop)
+                self._watch(relid, None)
+
+        self._let_go(leave, pair)
 
 
 def _runs(pfns: Iterable[int]) -> list[tuple[int, int]]:

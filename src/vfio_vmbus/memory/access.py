@@ -92,28 +92,36 @@ store64_release = _store(64, "release")
 store32_ordered = _store(32, "seq_cst")
 
 
-def _or() -> Any:
-    def plain(address: int, bits: int) -> None:
+def _change(operation: str, plainly: Callable[[int, int], int]) -> Any:
+    """A change of a 32-bit word; what it was before."""
+
+    def plain(address: int, value: int) -> int:
         check(address, 4)
-        ctypes.c_uint32.from_address(address).value |= int(bits)
+        word = ctypes.c_uint32.from_address(address)
+        before = word.value
+        word.value = plainly(before, int(value))
+        return before
 
     if INTERPRETED:
         return plain
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def set_bits(typing_context: Any, address: Any, bits: Any) -> Any:
+    def change(typing_context: Any, address: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.inttoptr(args[0], _BITS[32].as_pointer())
-            builder.atomic_rmw("or", pointer, builder.trunc(args[1], _BITS[32]), "seq_cst")
-            return context.get_dummy_value()
+            before = builder.atomic_rmw(operation, pointer, builder.trunc(args[1], _BITS[32]), "seq_cst")
+            return builder.zext(before, _BITS[64])
 
-        return types.void(_INT, _INT), generate
+        return _INT(_INT, _INT), generate
 
-    return set_bits
+    return change
 
 
-or32 = _or()
-"""Set bits of a 32-bit word that others change at the same time, ordered against all else. Interpreted it is not atomic."""
+or32 = _change("or", lambda before, bits: before | bits)
+"""Set bits of a 32-bit word that others change at the same time, ordered against all else; the word as it was. Interpreted it is not
+atomic."""
+swap32 = _change("xchg", lambda before, value: value)
+"""The same with a new value for the whole word."""
 
 
 def _fence() -> Any:

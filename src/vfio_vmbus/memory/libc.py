@@ -1,4 +1,4 @@
-"""System calls from kernels: read, write, poll, yield and the clock, through libc, without the GIL.
+"""System calls from kernels: read, write, poll, sleep, yield and the clock, through libc, without the GIL.
 
 Each returns what libc returns; a negative number is minus the errno.
 """
@@ -60,6 +60,11 @@ if INTERPRETED:
         """sched_yield(2)."""
         os.sched_yield()
 
+    def sys_sleep(scratch: int) -> None:
+        """nanosleep(2) for as long as the struct timespec at `scratch` says."""
+        check(scratch, 16)
+        _call("nanosleep", ctypes.c_void_p(int(scratch)), None)
+
     def clock_ns(scratch: int) -> int:
         """CLOCK_MONOTONIC in nanoseconds; `scratch` is 16 bytes of private memory."""
         check(scratch, 16)
@@ -74,6 +79,7 @@ else:
     _errno = _external("__errno_location", types.int64)
     _yield = _external("sched_yield", types.int32)
     _clock = _external("clock_gettime", types.int32, types.int32, types.int64)
+    _sleep = _external("nanosleep", types.int32, types.int64, types.int64)
 
     @inline
     def sys_read(fd: int, address: int, size: int) -> int:
@@ -105,10 +111,23 @@ else:
         _yield()
 
     @inline
+    def sys_sleep(scratch: int) -> None:
+        """nanosleep(2) for as long as the struct timespec at `scratch` says."""
+        _sleep(scratch, 0)
+
+    @inline
     def clock_ns(scratch: int) -> int:
         """CLOCK_MONOTONIC in nanoseconds; `scratch` is 16 bytes of private memory."""
         _clock(1, scratch)
         return load64(scratch) * 1_000_000_000 + load64(scratch + 8)
+
+
+@inline
+def sleep_ns(duration: int, scratch: int) -> None:
+    """Sleep for less than a second, given in nanoseconds; `scratch` is 16 bytes of private memory."""
+    store64(scratch, 0)
+    store64(scratch + 8, duration)
+    sys_sleep(scratch)
 
 
 @inline

@@ -1,5 +1,7 @@
 """The monitor page: how a guest signals a channel without a hypercall. The host looks at it every so many microseconds.
 
+A guest has two, and signals in the second one of its INITIATE_CONTACT.
+
 A channel whose offer says so has a number; its group of 32 is number / 32, its bit number % 32. The guest sets that bit in `pending` of
 the group, atomically: all channels of the guest share the page. Source: drivers/hv/hyperv_vmbus.h of Linux 6.12 (struct hv_monitor_page).
 """

@@ -244,8 +244,8 @@ class Control:
         match message:
             case rndis.InitializeRequest(request_id=request):
                 self._initialise(request)
-            case rndis.QueryRequest(request_id=request, oid=number):
-                status, value = self._objects.query(number)
+            case rndis.QueryRequest(request_id=request, oid=number, info_length=room):
+                status, value = self._objects.query(number, room)
                 self._send_rndis(rndis.encode_message(rndis.QueryComplete(request_id=request, status=status), value))
             case rndis.SetRequest(request_id=request, oid=number):
                 status = self._objects.set(number, info)

@@ -29,8 +29,18 @@ def _u32(value: int) -> bytes:
     return struct.pack("<I", min(value, 0xFFFFFFFF))
 
 
-def _offloads() -> bytes:
-    """What we compute for a guest: IPv4 header, TCP and UDP checksums of frames that it sends; and say of frames it receives."""
+_OFFLOAD_FORMS = (
+    (Offload.SIZE, ndis.OFFLOAD_REVISION_3),
+    (ndis.OFFLOAD_SIZE_6_1, ndis.OFFLOAD_REVISION_2),
+    (ndis.OFFLOAD_SIZE_6_0, ndis.OFFLOAD_REVISION_1),
+)
+
+
+def _offloads(room: int) -> bytes:
+    """What we compute for a guest: IPv4 header, TCP and UDP checksums of frames that it sends; and say of frames it receives.
+
+    In the longest form that has `room`; each is the next one's beginning.
+    """
     all_v4 = ChecksumIpv4.of(ip_options=1, tcp_options=1, tcp=1, udp=1, ip=1)
     all_v6 = ChecksumIpv6.of(tcp_options=1, tcp=1, udp=1)
     encapsulation = ndis.ENCAPSULATION_8023
@@ -44,8 +54,9 @@ def _offloads() -> bytes:
         ipv6_rx_encapsulation=encapsulation,
         ipv6_rx=all_v6,
     )
-    header = ObjectHeader(object_type=ndis.OBJECT_OFFLOAD, revision=ndis.OFFLOAD_REVISION_3, size=Offload.SIZE)
-    return Offload(header=header, checksum=checksum).pack()
+    size, revision = next((form for form in _OFFLOAD_FORMS if form[0] <= room), _OFFLOAD_FORMS[-1])
+    header = ObjectHeader(object_type=ndis.OBJECT_OFFLOAD, revision=revision, size=size)
+    return Offload(header=header, checksum=checksum).pack()[:size]
 
 
 @dataclass
@@ -56,8 +67,13 @@ class Objects:
     packet_filter: int = 0
     multicast: list[bytes] = field(default_factory=list)
 
-    def query(self, number: int) -> tuple[int, bytes]:
-        """Status and value of an object."""
+    def query(self, number: int, room: int = 0) -> tuple[int, bytes]:
+        """Status and value of an object. room: bytes of the buffer that the guest asked with; 0: it names none, and takes what comes."""
+        room = room or _NO_LIMIT
+        status, value = self._value(number, room)
+        return (status, value) if len(value) <= room else (oid.STATUS_BUFFER_TOO_SHORT, b"")
+
+    def _value(self, number: int, room: int) -> tuple[int, bytes]:
         values = {
             oid.OID_GEN_HARDWARE_STATUS: lambda: _u32(0),
             oid.OID_GEN_MEDIA_SUPPORTED: lambda: _u32(oid.MEDIUM_802_3),
@@ -80,7 +96,7 @@ class Objects:
             oid.OID_802_3_CURRENT_ADDRESS: lambda: self.card.mac,
             oid.OID_802_3_MULTICAST_LIST: lambda: b"".join(self.multicast),
             oid.OID_802_3_MAXIMUM_LIST_SIZE: lambda: _u32(MAX_MULTICAST),
-            oid.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES: _offloads,
+            oid.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES: lambda: _offloads(room),
             oid.OID_GEN_RECEIVE_SCALE_CAPABILITIES: RssCapabilities(interrupt_count=1, queue_count=1).pack,
         }
         if number == oid.OID_GEN_SUPPORTED_LIST:
@@ -109,6 +125,7 @@ class Objects:
 
 
 MAX_MULTICAST = 32
+_NO_LIMIT = 1 << 32
 
 _ACCEPTED = frozenset(
     {
