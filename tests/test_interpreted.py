@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["tests/memory", "tests/ring", "tests/dataplane", "tests/iommu", "tests/host"]
+FOLDERS = ["tests/memory", "tests/ring", "tests/dataplane", "tests/iommu", "tests/host", "tests/vm"]
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reason="this run is interpreted already")
 

@@ -123,6 +123,11 @@ class RawClient:
         self.say(*gpadl_messages(relid, handle, [whole_pages(pfns)]))
         return self.hear(wire.GpadlCreated)
 
+    def rings(self, buffer: DmaBuffer, downstream: int, relid: int) -> RingPair:
+        """Our end of fresh rings in all of a buffer, with a channel's doorbell."""
+        bell = self.bar.doorbell(reg.REG_DOORBELLS + 4 * relid)
+        return RingPair.fresh(buffer.memory, 0, downstream, buffer.size, bell, "raw")
+
     def unshare(self, handle: int, relid: int = 1) -> None:
         self.say(wire.GpadlTeardown(child_relid=relid, gpadl=handle))
         assert self.hear(wire.GpadlTorndown).gpadl == handle

@@ -6,15 +6,13 @@ Every step is one call, so that a test can leave some out, repeat them, or do so
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
-from raw_client import RawClient, eventually
-
-from vfio_vmbus.iommu.dma import DmaBuffer
-from vfio_vmbus.memory.mapping import PAGE
+from tests.host.raw_client import eventually
+from vfio_vmbus.memory.mapping import PAGE, Mapping
 from vfio_vmbus.ring.pair import RingPair
-from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.wire import nvsp, oid, rndis
 from vfio_vmbus.wire import vmbus as wire
 from vfio_vmbus.wire.gpa import PageRange
@@ -29,10 +27,33 @@ BUFFER = 256
 """Pages of each buffer."""
 
 
+class Buffer(Protocol):
+    """Memory that a client can share."""
+
+    size: int
+
+    @property
+    def pfns(self) -> tuple[int, ...]: ...
+    @property
+    def mapping(self) -> Mapping: ...
+    def close(self) -> None: ...
+
+
+class Client(Protocol):
+    """What a driver needs of a client that is connected: RawClient, or a guest."""
+
+    def memory(self, pages: int, *, name: str) -> Any: ...
+    def rings(self, buffer: Any, downstream: int, relid: int) -> RingPair: ...
+    def share(self, pfns: Sequence[int], relid: int) -> wire.GpadlCreated: ...
+    def unshare(self, handle: int, relid: int) -> None: ...
+    def open(self, gpadl: int, downstream: int, relid: int) -> int: ...
+    def say(self, *messages: wire.Message | bytes) -> None: ...
+
+
 class RawNic:
     """Receive and send buffer are GPADLs from the beginning on; the channel is closed until `open`."""
 
-    def __init__(self, client: RawClient, relid: int = 1) -> None:
+    def __init__(self, client: Client, relid: int = 1) -> None:
         self.client = client
         self.relid = relid
         self.rings = client.memory(2 * RING, name="rings")
@@ -49,8 +70,7 @@ class RawNic:
 
     def open(self) -> RawNic:
         """As vmbus_open: a GPADL of fresh rings, then the channel."""
-        bell = self.client.bar.doorbell(reg.REG_DOORBELLS + 4 * self.relid)
-        self.pair = RingPair.fresh(self.rings.memory, 0, RING * PAGE, 2 * RING * PAGE, bell, "raw nic")
+        self.pair = self.client.rings(self.rings, RING * PAGE, self.relid)
         self._ring_gpadl = self.client.share(self.rings.pfns, self.relid).gpadl
         assert self.client.open(self._ring_gpadl, RING, self.relid) == 0
         return self
@@ -193,13 +213,10 @@ class RawNic:
             self.give_back(packet)
         return found
 
-    def buffers(self) -> tuple[DmaBuffer, ...]:
-        return self.rings, self.receive, self.send, self.pages
-
     def close(self) -> None:
         if self.pair is not None:
             self.pair.close()
-        for buffer in self.buffers():
+        for buffer in (self.rings, self.receive, self.send, self.pages):
             buffer.close()
 
     def __enter__(self) -> RawNic:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from raw_client import RawClient
-from raw_nic import RawNic
 
+from tests.host.raw_client import RawClient
+from tests.host.raw_nic import RawNic
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.memory.mapping import PAGE

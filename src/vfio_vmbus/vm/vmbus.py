@@ -6,7 +6,6 @@ What the guest's processors bring (`deliver`) is taken on their threads and wait
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 from collections import deque
@@ -23,8 +22,6 @@ from ..wire import hyperv
 from .kvm import Vm
 from .memory import GuestMemory
 from .synic import Synic
-
-log = logging.getLogger("vfio_vmbus.vm")
 
 CHANNELS = 512
 """Channel numbers, 0 among them, which is none's."""
@@ -96,8 +93,13 @@ class SynicCarrier:
     # The loop.
 
     def synic_changed(self, vp: int, control: int, event_page: int, message_page: int) -> None:
-        """A processor's SynIC is like this from now on. What is no memory of the guest's is no page."""
+        """A processor's SynIC is like this from now on. What is no memory of the guest's is no page.
+
+        What waits for a processor that switches its SynIC off is dropped: whoever switches it on again is another kernel.
+        """
         on = bool(control & hyperv.ENABLED)
+        if not on and vp == self._target:
+            self._outbox.clear()
         messages, events = (self._page(register) if on else 0 for register in (message_page, event_page))
         if self._synics[vp].place(messages, events):
             with self._paused():
@@ -111,8 +113,7 @@ class SynicCarrier:
             return 0
         try:
             return self.domain.translate(register & hyperv.PAGE_MASK, PAGE, READ | WRITE)
-        except IsolationFault as error:
-            log.warning("%s: a page of a SynIC: %s", self.name, error)
+        except IsolationFault:  # which the domain keeps
             return 0
 
     def _take(self) -> None:
