@@ -80,6 +80,7 @@ class Netvsc:
         self._mtu = mtu
         self._filter = packet_filter
         self._closed = False
+        self._version = nvsp.VERSION_1  # until another one is agreed on
         self._channel = device.open(ring_pages)
         self._shared: list[SharedBuffer | DmaBuffer] = []
         self.queues = [Queue(self._channel, burst)]
