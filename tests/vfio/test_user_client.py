@@ -22,7 +22,7 @@ from vfio_vmbus.errors import ClosedError, RefusedError, UnavailableError, Usage
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.memory.kernel import INTERPRETED
-from vfio_vmbus.testing.conformance import VmbusFunctionConformance
+from vfio_vmbus.testing.function_conformance import VmbusFunctionConformance
 from vfio_vmbus.testing.leaks import Stock, nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio import registers as reg
