@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from guest.shell import Shell
+
 from vfio_vmbus.errors import UnavailableError, UsageError
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vm.cpu import Ended
 from vfio_vmbus.vm.machine import Machine
-
-from guest.shell import Shell
 
 Report = Callable[[Any], None]
 MIB = 1 << 20
@@ -189,12 +189,15 @@ def refusals(report: Report) -> list[str]:
     return found
 
 
-def linux(report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = WORDS, pmem: Sequence[str] = (), do: Sequence[str] = ()) -> Any:
+def linux(
+    report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = WORDS, pmem: Sequence[str] = (), do: Sequence[str] = ()
+) -> Any:
     """A bare Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to."""
     begun = time.monotonic()
     shell = Shell(lambda data: machine.feed(data), lambda: machine.ended)
-    with nothing_left():
-        with Machine(
+    with (
+        nothing_left(),
+        Machine(
             kernel=Path(kernel),
             initrd=Path(initrd),
             cmdline=words,
@@ -202,12 +205,13 @@ def linux(report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = 
             memory=256 * MIB,
             console=shell,
             pmem=list(map(Path, pmem)),
-        ) as machine:
-            machine.start()
-            shell.ready()
-            report(round(time.monotonic() - begun, 2))
-            *asked, last = do
-            answers = [shell.run(command) for command in asked]
-            shell.send(last)
-            ended = machine.wait(60)
+        ) as machine,
+    ):
+        machine.start()
+        shell.ready()
+        report(round(time.monotonic() - begun, 2))
+        *asked, last = do
+        answers = [shell.run(command) for command in asked]
+        shell.send(last)
+        ended = machine.wait(60)
     return [answers, ended.reason, ended.text]
