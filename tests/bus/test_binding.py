@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def test_what_vfio_has_already_is_left_alone(tree: SysfsTree, state: Path) -> No
     assert tree.written == []
     with pytest.raises(UsageError, match="was not bound here"):
         binding.unbind(ADDRESS, roots=tree, state=state)
+
+
+def test_what_was_unplugged_says_nothing_of_what_is_there_now(tree: SysfsTree, state: Path) -> None:
+    """The first one was never given back; the second has another driver of its own."""
+    first = tree.add_device(ADDRESS, driver="e1000e")
+    binding.bind(ADDRESS, roots=tree, state=state)
+    shutil.rmtree(first)
+    (tree.sysfs / "kernel/iommu_groups/1/devices" / ADDRESS).unlink()
+    tree.add_device(ADDRESS, driver="uio_pci_generic")
+    assert binding.bind(ADDRESS, roots=tree, state=state).driver_before == "uio_pci_generic"
+    binding.unbind(ADDRESS, roots=tree, state=state)
+    assert pci.look(ADDRESS, tree).driver == "uio_pci_generic"
 
 
 DRIVERS = st.sampled_from(["vfio-pci", "uio_pci_generic", "e1000e"])

@@ -179,3 +179,32 @@ def test_doctor_for_a_device_of_vmbus(guest: Guest) -> None:
     assert done.returncode == 1
     assert f"vfio-vmbus bind {BALLOON0}" in done.stdout
     assert "Missing: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            [f"uio-pci:{CARD}"],
+            f"igb_uio of {CARD} is unsafe, as nothing keeps the device within this process's memory: only with",
+        ),
+        ([f"vfio:{CARD}"], "is in no IOMMU group: turn the IOMMU on"),
+        ([f"vfio:{CARD}", "--enable-unsafe-noiommu-mode"], f"{CARD} has no IOMMU and no group without one: modprobe vfio"),
+        (["uio-pci:"], "uio-pci:ADDRESS"),
+        (["uio-pci:card"], "is no address"),
+        (["uio-pci:7f:00.0", "--enable-unsafe-noiommu-mode"], "7f:00.0"),
+    ],
+)
+@pytest.mark.parametrize("command", [["console"], ["net", "tap", "no0", "--device"]])
+def test_devices_that_nothing_confines_are_asked_for(guest: Guest, command: list[str], words: list[str], says: str) -> None:
+    done = guest.run(*command, *words)
+    assert done.returncode == 2
+    assert says in one_line(done)
+    assert not (guest.root / "run/vfio-vmbus").exists()
+
+
+@pytest.mark.parametrize("driver", ["uio_pci_generic", "igb_uio"])
+def test_drivers_of_uio_are_to_be_loaded(guest: Guest, driver: str) -> None:
+    done = guest.run("bind", CARD, "--driver", driver)
+    assert done.returncode == 2
+    assert f"the kernel has no PCI driver {driver} loaded: modprobe {driver}" in one_line(done)

@@ -11,6 +11,7 @@ import pytest
 from .bare import ADDRESS, BareGuest
 from .conftest import PAYLOADS
 from .process import RigError
+from .run import USER_ADDRESS
 
 HELD = PAYLOADS / "held_edu.py"
 COMMAND = PAYLOADS / "command.py"
@@ -38,7 +39,35 @@ def command(guest: BareGuest, *words: str) -> Any:
 
 
 def bind(guest: BareGuest, address: str, driver: str) -> dict[str, Any]:
-    return command(guest, "bind", address, "--driver", driver, "--json", *([UNSAFE] if driver == "vfio-pci" else []))
+    """It is warned of."""
+    switch = [UNSAFE] if driver == "vfio-pci" else []
+    done = guest.run(COMMAND, "run", words=["bind", address, "--driver", driver, "--json", *switch])
+    bound = json.loads(done["printed"])
+    assert (done["status"], bound["driver"]) == (0, driver)
+    assert bound["isolation"] == ("no-DMA" if driver == "uio_pci_generic" else "unsafe")
+    assert f"WARNING: {address} is {bound['isolation']} with {driver}: {bound['why']}" in done["complained"]
+    return bound
+
+
+def test_ways_that_lead_nowhere_are_one_line(bare: BareGuest) -> None:
+    """A card that a UIO driver has, or nobody, without the switch, and where it is not needed."""
+    for words, says in (
+        (["net", "tap", "no0", "--device", f"uio-pci:{USER_ADDRESS}"], "nobody drives it: vfio-vmbus bind"),
+        (["net", "tap", "no0", "--device", f"vfio:{USER_ADDRESS}", UNSAFE], "has no IOMMU and no group without one"),
+        (["bind", USER_ADDRESS, "--driver", "vfio-pci"], "is in no IOMMU group: turn the IOMMU on"),
+    ):
+        done = bare.run(COMMAND, "run", words=words)
+        assert (done["status"], done["printed"]) == (2, "")
+        assert says in done["complained"].splitlines()[-1]
+    bind(bare, USER_ADDRESS, "uio_pci_generic")
+    for words, says in (
+        (["--enable-unsafe-noiommu-mode"], "has no MSI-X here, which a VMBus function interrupts by"),
+        ([], "may not reach memory: DMA only with --enable-unsafe-noiommu-mode"),
+    ):
+        done = bare.run(COMMAND, "run", words=["net", "tap", "no0", "--device", f"uio-pci:{USER_ADDRESS}", *words])
+        assert done["status"] == 2
+        assert says in done["complained"].splitlines()[-1]
+    assert command(bare, "unbind", USER_ADDRESS, "--json")["driver"] is None
 
 
 def device(found: dict[str, Any], address: str) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def hand_over(seat: Seat, driver: str, state: Path | None) -> Binding:
     """Give the device to `driver`, remembering what was there first. Raises UnavailableError, everything being as before then."""
     record = Record(seat.name, state)
     with alone(seat):
-        earlier = record.read()
+        earlier = _still_true(record.read(), seat)
         if seat.driver() == driver and earlier is None:
             return Binding(seat.name, driver, driver, seat.override(), seat.bus)
         made = Binding(
@@ -170,6 +170,13 @@ def hand_over(seat: Seat, driver: str, state: Path | None) -> Binding:
         except UnavailableError as error:
             raise _put_back_after(error, seat, made, record) from error
     return made
+
+
+def _still_true(earlier: Binding | None, seat: Seat) -> Binding | None:
+    """Not of a device that was unplugged before it was given back: who has its place now has no driver_override of ours."""
+    if earlier is None or earlier.driver in (seat.driver(), seat.override()) or not seat.can_override:
+        return earlier
+    return None
 
 
 def give_back(seat: Seat, state: Path | None) -> Binding:

@@ -51,8 +51,8 @@ def bind(
     if done.persistence is not None and done.persistence.rule is not None and not as_json:
         print(f"driverctl is not installed. To keep this after a reboot, put the next lines into {done.persistence.file}:")
         print(done.persistence.rule, end="")
-    if done.isolation == "unsafe":
-        print(f"vfio-vmbus: WARNING: {device} is unsafe with {done.binding.driver}: {done.why}", file=sys.stderr)
+    if done.isolation in ("unsafe", "no-DMA"):
+        print(f"vfio-vmbus: WARNING: {device} is {done.isolation} with {done.binding.driver}: {done.why}", file=sys.stderr)
 
 
 def unbind(device: DeviceArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:

@@ -12,14 +12,20 @@ from vfio_vmbus.cli.main import main
 
 
 def run(report: Callable[[Any], None], words: list[str]) -> dict[str, Any]:
-    """Run `vfio-vmbus` with these words; its exit status and what it printed. What it says besides goes to the console."""
+    """Run `vfio-vmbus` with these words; its exit status, what it printed, and what it complained of (which goes to the console, too)."""
     sys.argv = ["vfio-vmbus", *words]
-    with tempfile.TemporaryFile() as printed:
+    console = os.dup(sys.stderr.fileno())
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complained:
         os.dup2(printed.fileno(), sys.stdout.fileno())
+        os.dup2(complained.fileno(), sys.stderr.fileno())
         try:
             main()
         except SystemExit as end:
-            sys.stdout.flush()
-            printed.seek(0)
-            return {"status": end.code or 0, "printed": printed.read().decode()}
+            texts = []
+            for stream, file in ((sys.stdout, printed), (sys.stderr, complained)):
+                stream.flush()
+                file.seek(0)
+                texts.append(file.read().decode())
+            os.write(console, texts[1].encode())
+            return {"status": end.code or 0, "printed": texts[0], "complained": texts[1]}
     raise AssertionError("the command line did not exit")
