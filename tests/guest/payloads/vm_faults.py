@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from guest.vm import Images, Inner, inner
+
 from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.faults.plan import FaultPlan
 from vfio_vmbus.host.netvsp.vsp import Netvsp
-
-from guest.vm import Images, Inner, inner
 
 Report = Callable[[Any], None]
 
