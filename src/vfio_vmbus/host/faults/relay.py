@@ -21,7 +21,7 @@ from ...memory.mapping import PAGE, Piece
 from ...memory.shared import SharedMemory
 from ...ring.ends import IncomingRing, OutgoingRing
 from ...ring.pair import RingPair
-from ...ring.primitives import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
+from ...ring.primitives import FOOTER, INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from ...vfio import eventfd
 from ...wire import nvsp
 from ...wire.ring import FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION, PACKET_INBAND, PACKET_XFER_PAGES, Packet
@@ -201,10 +201,10 @@ class Relay:
 
     def _give_up(self, error: RingError) -> None:
         """The guest broke a ring: let the VSP find its own one broken, as it would the guest's."""
-        self._guest.failed(error)
         self.stop()
         self._inner.outgoing.mapping.write(WRITE_INDEX, _OUT_OF_RING)
         self._inner.outgoing.signal()
+        self._guest.failed(error)  # last, as that may close all of it
 
     # Packets.
 
@@ -243,7 +243,9 @@ class Relay:
         elif about == "rndis":
             self._scribble(stream, packet)
         else:
-            self._down.queue.append(self._forger.packet(about, stream.how, packet))
+            forged = self._forger.packet(about, stream.how, packet)
+            if len(forged) + FOOTER < self._outer.outgoing.size:
+                self._down.queue.append(forged)
 
     def _misplace(self, stream: Stream) -> None:
         """Put a number that cannot be right into what of the control pages is the host's to write, for a moment."""

@@ -1,0 +1,112 @@
+"""Linux's hv_netvsc in guests of our virtual machine, on a host with faults: what it lives through, and what it does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from guest.vm import Images, Inner, inner
+
+from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
+from vfio_vmbus.host.embedded import EmbeddedHost
+from vfio_vmbus.host.faults.plan import FaultPlan
+from vfio_vmbus.host.netvsp.vsp import Netvsp
+
+Report = Callable[[Any], None]
+
+OUTSIDE, INSIDE = "10.9.0.1", "10.9.0.2"
+_COMPLAINTS = "dmesg | grep -i -E 'hv_|netvsc|vmbus|BUG|Oops|WARNING|Call Trace' | cut -c1-160 | tail -n 12 || true"
+
+
+@dataclass
+class World:
+    """A guest whose card is up, a namespace outside, and the host between them."""
+
+    host: EmbeddedHost
+    outside: Namespace
+    guest: Inner
+    card: Netvsp
+
+    def hits(self) -> dict[str, int]:
+        return {name: count for name, count in self.host.fault_counters(self.card.name).items() if count}
+
+    def ping(self, count: int) -> int:
+        """How many of so many echoes from outside came back."""
+        return self.outside.ping(INSIDE, count=count, interval=0.01, timeout=3).received
+
+    def ping_until(self, name: str, seconds: float = 120) -> int:
+        """Send echoes until a fault has hit; how many came back."""
+        end, received = time.monotonic() + seconds, 0
+        while not self.hits().get(name):
+            received += self.ping(20)
+            assert time.monotonic() < end, f"no {name} among {self.hits()}"
+        return received
+
+    def complaints(self) -> list[str]:
+        return self.guest.shell.run(_COMPLAINTS).splitlines()
+
+
+@contextmanager
+def world(kernel: str, initrd: str, orders: list[str], seed: int = 0) -> Iterator[World]:
+    with (
+        Lab(NamespaceSpec("outside", f"{OUTSIDE}/24")) as lab,
+        EmbeddedHost(poll="interrupt", faults=FaultPlan.parse(orders, seed)) as host,
+    ):
+        host.switch.add_tap(lab.namespaces[0].tap.fd)
+        card = host.add_nic("nic0")
+        with inner(Images.of(kernel, initrd), host, card) as guest:
+            guest.configure(card, f"{INSIDE}/24")
+            yield World(host, lab.namespaces[0], guest, card)
+
+
+def mild(report: Report, kernel: str, initrd: str) -> None:
+    """What a network does as well, and what a driver has to take: TCP gets through, the kernel says what it minds."""
+    orders = [
+        "drop:packets-to-guest:1%:after=60",
+        "duplicate:completions:3%:after=60",
+        "delay:completions:3%:3ms:after=60",
+        "delay:packets-to-host:2%:3ms:after=60",
+        "delay:interrupts:5%:3ms",
+        "duplicate:interrupts:5%",
+        "delay:messages:20%:3ms",
+    ]
+    with world(kernel, initrd, orders) as made:
+        report(["ping", made.ping(100)])
+        body = made.outside.http_serve(1 << 20, seed=1)
+        got = made.guest.shell.run(f"wget -q -O - {made.outside.http_url(body)} | sha256sum", 120).split()[0]
+        assert got == body.sha256
+        report(["hits", made.hits()])
+        report(["said", made.complaints()])
+        made.guest.shell.run("rmmod hv_netvsc && insmod /modules/hv_netvsc.ko")
+        made.guest.configure(made.card, f"{INSIDE}/24")
+        report(["again", made.ping(50)])
+
+
+def lost_completion(report: Report, kernel: str, initrd: str) -> None:
+    """The card works on; taking it down waits for ever."""
+    with world(kernel, initrd, ["drop:completions:1:after=100:times=1"]) as made:
+        made.ping_until("fault_drop_completions")
+        report(["ping", made.ping(50)])
+        made.guest.shell.run("(rmmod hv_netvsc >/dev/null 2>&1 &)")
+        made.guest.shell.run("sleep 3")
+        report(["rmmod", made.guest.shell.run("ps -o stat,args | grep '[r]mmod' || echo gone").strip()])
+
+
+def lost_interrupt(report: Report, kernel: str, initrd: str) -> None:
+    with world(kernel, initrd, ["drop:interrupts:1:after=60:times=1"]) as made:
+        made.ping_until("fault_drop_interrupts")
+        report(["ping", made.ping(50)])
+        made.guest.shell.run(f"ping -c 3 -W 2 {OUTSIDE} || true")
+        report(["after sending", made.ping(20)])
+
+
+def hostile(report: Report, kernel: str, initrd: str, orders: list[str], seed: int) -> None:
+    """The guest's kernel lives. Whether its card does is reported."""
+    with world(kernel, initrd, orders, seed) as made:
+        report(["ping", [made.ping(50) for _ in range(6)]])
+        report(["hits", made.hits()])
+        report(["said", made.complaints()])
+        assert made.guest.machine.ended is None
