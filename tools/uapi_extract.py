@@ -52,7 +52,9 @@ def present(wanted: Wanted, text: str) -> Wanted:
     for name, members in wanted.structs.items():
         body = re.search(rf"\bstruct\s+{name}\s*\{{(.*?)\n\}}", code, re.DOTALL)
         if body:
-            structs[name] = [member for member in members if re.search(rf"\b{member}\b", body[1])]
+            structs[name] = [
+                member for member in members if all(re.search(rf"\b{part}\b", body[1]) for part in member.split("."))
+            ]
     numbers = [name for name in wanted.numbers if re.search(rf"\b{name}\b", code)]
     return Wanted(wanted.header, structs, numbers)
 

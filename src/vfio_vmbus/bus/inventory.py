@@ -123,6 +123,7 @@ def of_vmbus(device: SysfsDevice, machine: Machine) -> Item:
 def _served(machine: Machine) -> list[Item]:
     """Sockets at which a process of this package serves devices."""
     found = holders.of_sockets(holders.listening(machine), machine).holders
+    control = tuple(f"{folder}/" for folder in machine.state_folders())  # where its socket for `status` is
     return [
         Item(
             device=f"socket:{holder.path}",
@@ -136,7 +137,7 @@ def _served(machine: Machine) -> list[Item]:
             details=asdict(holder),
         )
         for holder in found
-        if _SERVER.search(holder.command)
+        if _SERVER.search(holder.command) and not holder.path.startswith(control)
     ]
 
 

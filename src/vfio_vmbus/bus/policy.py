@@ -27,6 +27,8 @@ TAINT_USER: Final = 6
 CAP_SYS_RAWIO: Final = 17
 _INITIAL_USER_NAMESPACE: Final = "user:[4026531837]"
 """Its inode is fixed (include/uapi/linux/nsfs.h). The kernel asks for capabilities that are held there."""
+MEANING: Final = "nothing keeps it within its process's memory; a mistake or an attacker there can read and overwrite all memory"
+"""Of unsafe, for warnings."""
 _HOW_RAWIO: Final = "run as root, or give it alone: setpriv --inh-caps +sys_rawio --ambient-caps +sys_rawio"
 
 
@@ -72,8 +74,7 @@ def allow_unsafe(what: str, *, enabled: bool, machine: Machine = Machine()) -> U
     mark.add(use)
     taint = "The kernel is tainted now (TAINT_USER)." if tainted else "The kernel could not be tainted (CAP_SYS_ADMIN)."
     print(
-        f"vfio-vmbus: WARNING: {what} is unsafe: nothing keeps it within this process's memory; a mistake or an attacker here can "
-        f"read and overwrite all memory of this machine. {taint}",
+        f"vfio-vmbus: WARNING: {what} is unsafe: {MEANING}. {taint}",
         file=sys.stderr,
         flush=True,
     )

@@ -36,7 +36,7 @@ def balloon(
     with (
         progress("starting") as shown,
         stoppable() as stop,
-        opened_device(device, unsafe=unsafe, default="balloon") as opened,
+        opened_device(device, unsafe=unsafe, command="balloon", default="balloon") as opened,
         Balloon(opened, limit=limit * _PAGES_PER_MIB) as driver,
     ):
         end = None if seconds is None else time.monotonic() + seconds

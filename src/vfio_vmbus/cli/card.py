@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from .control import controlled
 from .device import elsewhere, is_uio, uio_device
 
 if TYPE_CHECKING:
@@ -70,16 +71,20 @@ def driven_card(
     promiscuous: bool = False,
     allow_spoofing: bool = False,
     unsafe: bool = False,
+    command: str,
 ) -> Iterator[Card]:
     """Attach a card and drive it; start its host with these ports first, if it is embedded. Raises UsageError for words that make no sense.
 
-    mac, allow_spoofing: of an embedded card. poll: how its host waits. unsafe: was the switch for such devices given?
+    mac, allow_spoofing: of an embedded card. poll: how its host waits. unsafe: was the switch for such devices given? command: who does
+    it, for `status`.
     """
     embedded = is_embedded(device)
     check_ports(ports or [])
     if ports and not embedded:
         raise UsageError(f"--port {ports[0]}: the switch of {device} is in another process; give ports to vfio-vmbus serve")
     from ..channel.opening import open_device
+    from ..control.driving import DriverSubject
+    from ..control.hosting import HostSubject
     from ..drivers.netvsc.driver import DEFAULT_FILTER, Netvsc
     from ..wire.guids import CLASS_NETWORK
     from ..wire.oid import PACKET_TYPE_PROMISCUOUS
@@ -100,6 +105,7 @@ def driven_card(
         for text in ports or []:
             if host is not None:
                 add_port(host, text, stack, mtu=nic.info.mtu, mac=nic.mac)
+        stack.enter_context(controlled(command, lambda: HostSubject(host) if host else DriverSubject(opened, nic)))
         yield Card(nic, host)
 
 

@@ -52,7 +52,7 @@ def console(
     """
     from ..channel.device import WRITE
 
-    with opened_device(device, unsafe=unsafe) as opened, _stoppable() as stop:
+    with opened_device(device, unsafe=unsafe, command="console") as opened, _stoppable() as stop:
         channel = opened.open(ring_pages)
         buffer = opened.share(receive_buffer << 10, WRITE, "receive") if receive_buffer else None
         if buffer is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from .control import controlled
 
 if TYPE_CHECKING:
     from ..channel.device import VmbusDevice
@@ -34,8 +35,19 @@ def is_uio(text: str) -> bool:
 
 
 @contextmanager
-def opened_device(text: str, *, unsafe: bool, default: str = "nic") -> Iterator[VmbusDevice]:
-    """The device, closed at the end. default: which one of the embedded host's. Raises UsageError for words that make no sense."""
+def opened_device(text: str, *, unsafe: bool, command: str, default: str = "nic") -> Iterator[VmbusDevice]:
+    """The device, closed at the end. default: which one of the embedded host's. command: who drives it, for `status`.
+
+    Raises UsageError for words that make no sense.
+    """
+    from ..control.driving import DriverSubject
+
+    with _opened(text, unsafe, default) as device, controlled(command, lambda: DriverSubject(device)):
+        yield device
+
+
+@contextmanager
+def _opened(text: str, unsafe: bool, default: str) -> Iterator[VmbusDevice]:
     kind, separator, rest = text.partition(":")
     with ExitStack() as stack:
         if is_uio(text):

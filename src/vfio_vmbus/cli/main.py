@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import UnavailableError, UsageError, VfioVmbusError
-from . import audit, balloon, binding, console, demo, doctor, listing, net, serve
+from . import audit, balloon, binding, console, control, demo, doctor, listing, net, serve, status, vm
 
 app = typer.Typer(
     name="vfio-vmbus",
@@ -29,6 +29,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("list")(listing.list_devices)
 app.command("serve")(serve.serve)
+app.command("vm")(vm.vm)
+app.command("status")(status.status)
 app.command("console")(console.console)
 app.command("balloon")(balloon.balloon)
 app.command("bind")(binding.bind)
@@ -36,6 +38,7 @@ app.command("unbind")(binding.unbind)
 app.command("audit")(audit.audit)
 app.command("doctor")(doctor.doctor)
 app.add_typer(net.app, name="net")
+app.add_typer(control.app, name="control")
 
 
 def _print_version(wanted: bool) -> None:

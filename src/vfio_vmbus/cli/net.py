@@ -69,7 +69,9 @@ def tap(
     embedded = is_embedded(device)
     with progress(_COMPILING) as shown, stoppable() as stop, ExitStack() as stack:
         own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
-        card = stack.enter_context(driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe))
+        card = stack.enter_context(
+            driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe, command="tap")
+        )
         interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
         from ..apps.tap import TapBridge
 
@@ -103,7 +105,7 @@ def fwd(
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe) as card,
+        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe, command="fwd") as card,
     ):
         from ..apps.forward import Forwarder
 
@@ -137,7 +139,7 @@ def capture(
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe) as card,
+        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe, command="capture") as card,
     ):
         start = time.monotonic()
         done = run(
@@ -172,7 +174,10 @@ def replay(
     """
     from ..apps.replay import replay as run
 
-    with progress(_COMPILING) as shown, driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe) as card:
+    with (
+        progress(_COMPILING) as shown,
+        driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe, command="replay") as card,
+    ):
         done = run(
             card.nic,
             file,
@@ -202,7 +207,7 @@ def bench(
     results = []
     with progress(_COMPILING) as shown:
         for size in sizes or [64, 256, 1500]:
-            with driven_card("embedded", ["sink"], mtu=max(1500, size - 14), poll=poll) as card:
+            with driven_card("embedded", ["sink"], mtu=max(1500, size - 14), poll=poll, command="bench") as card:
                 from ..apps.measure import measure_receiving, measure_sending
                 from ..host.embedded import random_mac
 

@@ -33,6 +33,7 @@ def print_table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -52,7 +53,7 @@ def print_table(
             width=widths[index] if narrow is not None else None,
         )
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # not what would be markup in a name
     console.print(table)
 
 
@@ -65,6 +66,11 @@ def count(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     return value.hex(":") if isinstance(value, bytes) else str(value)
+
+
+def printable(text: str) -> str:
+    """What another process said, on one line, and nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 class Progress:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import UsageError
 from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
+from .control import NameOption, controlled
 from .output import progress
 from .stopping import on_stop
 
@@ -55,6 +56,7 @@ def serve(
     max_message: Annotated[int, typer.Option("--max-message", help="Bytes of data in a message.", min=4096, max=64 << 20)] = 1
     << 20,
     max_requests: Annotated[float, typer.Option("--max-requests", help="Requests a second of a client.", min=1)] = 100_000,
+    process_name: NameOption = None,
     seconds: SecondsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a JSON object on a line.")] = False,
 ) -> None:
@@ -77,6 +79,7 @@ def serve(
     with ExitStack() as stack:
         stack.enter_context(on_stop(lambda: events.put(_STOP)))
         with progress("starting (the first start compiles the data path, some seconds)"):
+            from ..control.hosting import HostSubject
             from ..host.embedded import EmbeddedHost
             from ..host.serving import HostServer
             from ..vfio.user.connection import ServerLimits
@@ -101,6 +104,7 @@ def serve(
                     server.adopt(place, cards[name], personality=personality)
                 else:
                     server.listen(place, cards[name], mode=permissions, personality=personality)
+            stack.enter_context(controlled("serve", lambda: HostSubject(host, max_mtu=mtu), process_name))
         if not as_json:
             print(_ready(names, places), flush=True)
         _watch(events, seconds, as_json, lambda: server.idle)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def on_stop(call: Callable[[], object]) -> Iterator[None]:
-    """Within the block these signals call this, and nothing else."""
-    before = {number: signal.signal(number, lambda *_: call()) for number in (signal.SIGINT, signal.SIGTERM)}
+def on_stop(call: Callable[[], object], *others: signal.Signals) -> Iterator[None]:
+    """Within the block these signals, and the others that are named, call this, and nothing else."""
+    numbers = (signal.SIGINT, signal.SIGTERM, *others)
+    before = {number: signal.signal(number, lambda *_: call()) for number in numbers}
     try:
         yield
     finally:

@@ -129,6 +129,11 @@ class Connection:
     def open_channels(self) -> int:
         return len(self._open_channels)
 
+    @property
+    def gpadl_sizes(self) -> list[int]:
+        """Bytes of each piece of its memory that the client shares."""
+        return [sum(size for _, size in gpadl.runs) for gpadl in self._gpadls.values()]
+
     def has(self, vsp: Vsp) -> bool:
         """Is the client offered this device, or has not yet let go of it?"""
         return any(mine is vsp for mine in (*self._devices, *self._vsps.values()))

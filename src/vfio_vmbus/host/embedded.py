@@ -207,6 +207,10 @@ class EmbeddedHost:
             raise UsageError(f"{device.info.name} is not attached to {self.name}")
         return connection
 
+    def clients(self) -> list[HostEnd]:
+        """The host's ends of all its clients, to look at on its loop."""
+        return self.run(lambda: list(self._ends.values()))
+
     def connection_of(self, device: Vsp) -> HostEnd:
         """The host's end for the client that has this device, to look at. Raises UsageError when nobody has it."""
         found = self.run(lambda: next((each for each in self._ends.values() if each.has(device)), None))

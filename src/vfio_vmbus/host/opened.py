@@ -44,6 +44,15 @@ class Opener:
         function.backend = self
 
     @property
+    def name(self) -> str:
+        return self.function.name
+
+    @property
+    def version(self) -> int | None:
+        """No version of VMBus is spoken."""
+        return None
+
+    @property
     def domain(self) -> Domain:
         """What the client's addresses mean."""
         return self.function.domain
@@ -56,6 +65,11 @@ class Opener:
     @property
     def open_channels(self) -> int:
         return int(self._resources is not None)
+
+    @property
+    def gpadl_sizes(self) -> list[int]:
+        """Bytes of each buffer that the client shares."""
+        return [gpadl.mapping.size for gpadl in self._buffers.values()]
 
     def has(self, vsp: Vsp) -> bool:
         """Has the client this device, or not yet let go of it?"""

@@ -163,10 +163,6 @@ class Kvm(_Descriptor):
         """What a guest's CPUID can say here; KVM's own leaves from 0x40000000 on are among it."""
         return self._cpuid("GET_SUPPORTED_CPUID")
 
-    def supported_hv_cpuid(self) -> list[uapi.CpuidEntry]:
-        """The leaves of Hyper-V that this KVM can stand behind. Needs CAP_SYS_HYPERV_CPUID."""
-        return self._cpuid("GET_SUPPORTED_HV_CPUID")
-
     def create_vm(self) -> Vm:
         """A virtual machine without anything."""
         return Vm(self._ioctl("CREATE_VM", 0, ""), self.run_size)
@@ -321,7 +317,7 @@ class Vcpu(_Descriptor):
         raise _refusal("RUN", code, f"vCPU {self.index}")
 
     def supported_hv_cpuid(self) -> list[uapi.CpuidEntry]:
-        """As of Kvm, and more after CAP_HYPERV_SYNIC2 was enabled. Needs CAP_HYPERV_CPUID."""
+        """The leaves of Hyper-V that this KVM stands behind; some need CAP_HYPERV_SYNIC2, enabled before. Needs CAP_HYPERV_CPUID."""
         return self._cpuid("GET_SUPPORTED_HV_CPUID")
 
     def set_cpuid(self, entries: Sequence[uapi.CpuidEntry]) -> None:
@@ -353,13 +349,6 @@ class Vcpu(_Descriptor):
         if done != len(entries):
             refused = entries[done]
             raise UsageError(f"KVM refuses {refused.data:#x} for MSR {refused.index:#x}")
-
-    def mp_state(self) -> int:
-        return self._fetch("GET_MP_STATE", uapi.MpState())[1].state
-
-    def tsc_khz(self) -> int:
-        """The time-stamp counter's frequency in the guest."""
-        return self._ioctl("GET_TSC_KHZ", 0, "")
 
     def close(self) -> None:
         """Unmap and close. The VM's resources stay while any vCPU is open."""

@@ -7,6 +7,7 @@ with Machine(kernel=Path("vmlinuz"), cmdline="console=ttyS0", console=output) as
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from .paravirt import Paravirt
 from .ports import Ports
 from .power import Power
 from .serial import Serial
+
+log = logging.getLogger("vfio_vmbus.vm")
 
 MEMORY: Final = 512 * MIB
 CMDLINE: Final = "console=ttyS0 panic=-1"
@@ -78,6 +81,11 @@ class Machine:
     def feed(self, data: bytes) -> None:
         """Input for the serial console, from any thread."""
         self._serial.feed(data)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of input that the guest has not read. It loses some beyond 64 KiB, and what comes before it listens."""
+        return self._serial.waiting
 
     def wait(self, timeout: float | None = None) -> Ended:
         """Wait until it has ended. After `timeout` seconds it is stopped: the reason is "time-out" then, or the panic the guest died of."""
@@ -184,6 +192,11 @@ class Machine:
         processor.run()
         with self._lock:
             self._running.pop(vcpu.index, None)
+        try:
+            if self._paravirt is not None:
+                self._paravirt.stopped(vcpu)
+        except LocalError as error:  # it is over already: nothing depends on it
+            log.info("vCPU %d: %s", vcpu.index, error)
 
     def _crash_text(self, vcpu: Vcpu) -> str:
         return (self._paravirt.crashed(vcpu) if self._paravirt is not None else "") or self._watch.text

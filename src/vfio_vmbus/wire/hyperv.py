@@ -37,6 +37,7 @@ NO_AUTO_EOI: Final = 1 << 9  # EAX of LEAF_RECOMMENDATIONS: do not ask for inter
 NEVER_NOTIFY_SPINNING: Final = 0xFFFFFFFF  # EBX: how often to try a lock before telling the hypervisor
 
 # ---- MSRs
+MSR_GUEST_OS_ID: Final = 0x40000000  # what a guest that knows the hypervisor says of itself, before it asks for anything
 MSR_CRASH_P0: Final = 0x40000100  # and four more behind it; the last two are address and length of the message
 MSR_CRASH_CTL: Final = 0x40000105
 CRASH_PARAMETERS: Final = 5

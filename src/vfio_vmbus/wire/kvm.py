@@ -37,8 +37,6 @@ CREATE_VM: Final = _io(0x01)
 CHECK_EXTENSION: Final = _io(0x03)
 GET_VCPU_MMAP_SIZE: Final = _io(0x04)
 GET_SUPPORTED_CPUID: Final = _iowr(0x05, 8)
-GET_SUPPORTED_HV_CPUID: Final = _iowr(0xC1, 8)
-"""Of a vCPU, too, for kernels that do not have it here."""
 
 # of a virtual machine
 CREATE_VCPU: Final = _io(0x41)
@@ -50,7 +48,6 @@ IRQ_LINE: Final = _iow(0x61, 8)
 SET_GSI_ROUTING: Final = _iow(0x6A, 8)
 IRQFD: Final = _iow(0x76, 32)
 CREATE_PIT2: Final = _iow(0x77, 64)
-IOEVENTFD: Final = _iow(0x79, 64)
 SIGNAL_MSI: Final = _iow(0xA5, 32)
 HYPERV_EVENTFD: Final = _iow(0xBD, 24)
 X86_SET_MSR_FILTER: Final = _iow(0xC6, 392)
@@ -68,9 +65,7 @@ GET_MSRS: Final = _iowr(0x88, 8)
 SET_MSRS: Final = _iow(0x89, 8)
 SET_SIGNAL_MASK: Final = _iow(0x8B, 4)
 SET_CPUID2: Final = _iow(0x90, 8)
-GET_MP_STATE: Final = _ior(0x98, 4)
-SET_MP_STATE: Final = _iow(0x99, 4)
-GET_TSC_KHZ: Final = _io(0xA3)
+GET_SUPPORTED_HV_CPUID: Final = _iowr(0xC1, 8)
 
 # ---- capabilities, for CHECK_EXTENSION and ENABLE_CAP
 CAP_IRQCHIP: Final = 0
@@ -78,44 +73,25 @@ CAP_USER_MEMORY: Final = 3
 CAP_SET_TSS_ADDR: Final = 4
 CAP_EXT_CPUID: Final = 7
 CAP_NR_VCPUS: Final = 9
-CAP_NR_MEMSLOTS: Final = 10
 CAP_MP_STATE: Final = 14
 CAP_IRQ_ROUTING: Final = 25
 CAP_IRQFD: Final = 32
 CAP_PIT2: Final = 33
-CAP_IOEVENTFD: Final = 36
 CAP_SET_IDENTITY_MAP_ADDR: Final = 37
-CAP_HYPERV: Final = 44
-CAP_TSC_CONTROL: Final = 60
-CAP_GET_TSC_KHZ: Final = 61
 CAP_MAX_VCPUS: Final = 66
-CAP_TSC_DEADLINE_TIMER: Final = 72
-CAP_SYNC_REGS: Final = 74
 CAP_SIGNAL_MSI: Final = 77
 CAP_READONLY_MEM: Final = 81
 CAP_IRQFD_RESAMPLE: Final = 82
-CAP_HYPERV_TIME: Final = 96
 CAP_ENABLE_CAP_VM: Final = 98
-CAP_HYPERV_SYNIC: Final = 123
-CAP_IMMEDIATE_EXIT: Final = 136
 CAP_HYPERV_SYNIC2: Final = 148
 CAP_HYPERV_VP_INDEX: Final = 149
 CAP_HYPERV_EVENTFD: Final = 154
-CAP_HYPERV_TLBFLUSH: Final = 155
-CAP_HYPERV_SEND_IPI: Final = 161
 CAP_HYPERV_CPUID: Final = 167
 CAP_X86_USER_SPACE_MSR: Final = 188
 CAP_X86_MSR_FILTER: Final = 189
-CAP_SYS_HYPERV_CPUID: Final = 191
-CAP_HYPERV_ENFORCE_CPUID: Final = 199
 
 # ---- exits
-EXIT_UNKNOWN: Final = 0
-EXIT_EXCEPTION: Final = 1
 EXIT_IO: Final = 2
-EXIT_HYPERCALL: Final = 3
-EXIT_DEBUG: Final = 4
-EXIT_HLT: Final = 5
 EXIT_MMIO: Final = 6
 EXIT_IRQ_WINDOW_OPEN: Final = 7
 EXIT_SHUTDOWN: Final = 8
@@ -129,7 +105,6 @@ EXIT_HYPERV: Final = 27
 EXIT_X86_RDMSR: Final = 29
 EXIT_X86_WRMSR: Final = 30
 
-IO_IN: Final = 0
 IO_OUT: Final = 1
 
 INTERNAL_ERROR_EMULATION: Final = 1
@@ -140,14 +115,10 @@ SYSTEM_EVENT_CRASH: Final = 3
 
 HYPERV_SYNIC: Final = 1
 HYPERV_HCALL: Final = 2
-HYPERV_SYNDBG: Final = 3
 
-MSR_EXIT_REASON_INVAL: Final = 1 << 0
-MSR_EXIT_REASON_UNKNOWN: Final = 1 << 1
 MSR_EXIT_REASON_FILTER: Final = 1 << 2
 
 # ---- struct kvm_run, which a vCPU's descriptor maps
-RUN_IMMEDIATE_EXIT_AT: Final = 1
 RUN_EXIT_REASON_AT: Final = 8
 RUN_UNION_AT: Final = 32
 """What an exit says; the structs below begin here."""
@@ -178,14 +149,12 @@ RUN_U64: Final = _struct.Struct("<Q")
 RUN_U32: Final = _struct.Struct("<I")
 
 # ---- flags
-MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 MEM_READONLY: Final = 1 << 1
 
 IRQFD_DEASSIGN: Final = 1 << 0
 IRQFD_RESAMPLE: Final = 1 << 1
 
 HYPERV_EVENTFD_DEASSIGN: Final = 1 << 0
-HYPERV_CONN_ID_MASK: Final = 0x00FFFFFF
 
 PIT_SPEAKER_DUMMY: Final = 1 << 0
 """The kernel plays port 0x61, too, without which no clock can be calibrated by the timer."""
@@ -197,8 +166,6 @@ MSR_FILTER_WRITE: Final = 1 << 1
 MSR_FILTER_MAX_RANGES: Final = 16
 MSR_FILTER_MAX_BITMAP: Final = 0x600
 
-MP_STATE_RUNNABLE: Final = 0
-MP_STATE_UNINITIALIZED: Final = 1
 
 ROUTING_IRQCHIP: Final = 1
 ROUTING_MSI: Final = 2
@@ -212,10 +179,6 @@ IOAPIC_PINS: Final = 24
 MAX_CPUID_ENTRIES: Final = 256
 MAX_MSRS: Final = 256
 MAX_IRQ_ROUTES: Final = 4096
-
-IOEVENTFD_DATAMATCH: Final = 1 << 0
-IOEVENTFD_PIO: Final = 1 << 1
-IOEVENTFD_DEASSIGN: Final = 1 << 2
 
 
 @struct(size=32)
@@ -266,18 +229,6 @@ class Irqfd(Struct):
     flags: U32 = 0
     resamplefd: U32 = 0
     pad: Annotated[bytes, Raw(16)] = bytes(16)
-
-
-@struct(size=64)
-class IoEventFd(Struct):
-    """Signals `fd` when the guest writes `length` bytes to an address or port, instead of an exit."""
-
-    datamatch: U64 = 0
-    addr: U64 = 0
-    length: U32 = 0
-    fd: S32 = -1
-    flags: U32 = 0
-    pad: Annotated[bytes, Raw(36)] = bytes(36)
 
 
 @struct(size=8)
@@ -460,13 +411,6 @@ class SignalMask(Struct):
     length: U32 = 8
     signals_low: U32 = 0
     signals_high: U32 = 0
-
-
-@struct(size=4)
-class MpState(Struct):
-    """Does the CPU run, or wait for INIT?"""
-
-    state: U32 = 0
 
 
 @struct(size=24)

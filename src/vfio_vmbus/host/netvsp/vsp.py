@@ -49,11 +49,9 @@ class Netvsp:
     ) -> None:
         if len(mac) != 6 or mac[0] & 1:
             raise UsageError(f"MAC address {mac.hex(':')}: take 6 bytes of a unicast address")
-        if not 68 <= max_mtu <= 9000:
-            raise UsageError(f"MTU {max_mtu}: take 68 to 9000 bytes")
         self.mac = mac
         self.name = name
-        self.mtu = max_mtu
+        self.mtu = _checked_mtu(max_mtu)
         self.link = True
         self.bits_per_second = bits_per_second
         self.offer = ChannelOffer(class_guid=CLASS_NETWORK, instance_guid=instance or uuid4(), server_context_size=0)
@@ -72,6 +70,10 @@ class Netvsp:
     def counter(self, name: str) -> int:
         """A counter of the data plane, over all times that the channel was open."""
         return self._totals.get(name, 0) + self._nic[name]
+
+    def counters(self) -> dict[str, int]:
+        """All of them."""
+        return {name: self.counter(name) for name in _COUNTERS}
 
     @property
     def version(self) -> int | None:
@@ -131,6 +133,13 @@ class Netvsp:
                 self._nic["link"] = int(up)
             self._control.indicate(oid.STATUS_MEDIA_CONNECT if up else oid.STATUS_MEDIA_DISCONNECT)
             self._retry_answers()
+
+    def set_mtu(self, size: int) -> None:
+        """The next guest that opens the channel gets frames with up to `size` bytes of payload. Raises UsageError for other than 68 to
+        9000, and while the channel is open: there is no message for it, so that the card is to be rescinded, and offered again."""
+        if self._control is not None:
+            raise UsageError(f"{self.name}: its MTU is fixed while its channel is open")
+        self.mtu = _checked_mtu(size)
 
     def _fill(self, context: ChannelContext, control_fd: int) -> None:
         def table(dtype: object, count: int) -> int:
@@ -197,6 +206,12 @@ class Netvsp:
         control = self._control
         if control is not None and self._work(control, lambda: not control.flush()):
             self._switch.worker.wake()
+
+
+def _checked_mtu(size: int) -> int:
+    if not 68 <= size <= 9000:
+        raise UsageError(f"MTU {size}: take 68 to 9000 bytes")
+    return size
 
 
 _COUNTERS = (
