@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from guest.vm import Images, Inner, inner
@@ -21,14 +20,11 @@ OUTSIDE, INSIDE = "10.9.0.1", "10.9.0.2"
 _COMPLAINTS = "dmesg | grep -i -E 'hv_|netvsc|vmbus|BUG|Oops|WARNING|Call Trace' | cut -c1-160 | tail -n 12 || true"
 
 
-@dataclass
 class World:
     """A guest whose card is up, a namespace outside, and the host between them."""
 
-    host: EmbeddedHost
-    outside: Namespace
-    guest: Inner
-    card: Netvsp
+    def __init__(self, host: EmbeddedHost, outside: Namespace, guest: Inner, card: Netvsp) -> None:
+        self.host, self.outside, self.guest, self.card = host, outside, guest, card
 
     def hits(self) -> dict[str, int]:
         return {name: count for name, count in self.host.fault_counters(self.card.name).items() if count}
