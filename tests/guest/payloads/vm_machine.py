@@ -189,7 +189,9 @@ def refusals(report: Report) -> list[str]:
     return found
 
 
-def linux(report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = WORDS, pmem: Sequence[str] = (), do: Sequence[str] = ()) -> Any:
+def linux(
+    report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = WORDS, pmem: Sequence[str] = (), do: Sequence[str] = ()
+) -> Any:
     """A bare Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to."""
     begun = time.monotonic()
     shell = Shell(lambda data: machine.feed(data), lambda: machine.ended)

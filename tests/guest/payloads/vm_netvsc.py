@@ -30,7 +30,9 @@ LEAST_PACKET = 24
 class Cards:
     """The steps, in their order. Two cards on one switch, each with a subnet of its own and a namespace in it."""
 
-    def __init__(self, host: EmbeddedHost, outside: Namespace, other: Namespace, guest: Inner, first: Netvsp, second: Netvsp) -> None:
+    def __init__(
+        self, host: EmbeddedHost, outside: Namespace, other: Namespace, guest: Inner, first: Netvsp, second: Netvsp
+    ) -> None:
         self.host, self.outside, self.other, self.guest, self.first, self.second = host, outside, other, guest, first, second
         self.shell = guest.shell
         self.eth = ""
