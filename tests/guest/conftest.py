@@ -14,6 +14,7 @@ from vfio_vmbus.errors import UnavailableError
 
 from .bare import BareGuest
 from .kernels import compiled
+from .kvm import KvmGuest
 from .modules import with_modules
 from .nested import HyperVGuest
 from .packages import CACHE, Tools, tools
@@ -122,3 +123,14 @@ def unlocked(bare: BareGuest, built: Tools | str) -> BareGuest:
     if isinstance(built, str):
         pytest.skip(f"modules that Debian does not build cannot be had: {built}")
     return bare
+
+
+@pytest.fixture(scope="session")
+def kvm(programs: Tools) -> Iterator[KvmGuest]:
+    """A guest that has booted, with a /dev/kvm of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rig-") as folder,
+        KvmGuest(programs, Path(folder), compiled(CACHE / "kernels")) as guest,
+    ):
+        print(guest.hello)
+        yield guest

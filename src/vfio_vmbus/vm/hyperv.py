@@ -122,7 +122,7 @@ class Hyperv:
 
     def attach(self, host: EmbeddedHost, *devices: Vsp) -> None:
         """Put the guest's VMBus on a host, with these devices, once the machine is made; once. Until then the guest, if it asks, hears to
-        try again, as Linux does for 25 s.
+        try again, as Linux does for more than two minutes (vmbus_post_msg in drivers/hv/connection.c).
 
         Raises UsageError for devices that cannot be had.
         """
