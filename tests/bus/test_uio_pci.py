@@ -23,7 +23,7 @@ from vfio_vmbus.bus.uio_pci import UioPciDevice
 from vfio_vmbus.bus.uio_pci_irq import Attendant, UioIrq
 from vfio_vmbus.bus.uio_pci_regions import _accesses
 from vfio_vmbus.errors import ClosedError, DmaError, RescindedError, UnavailableError, UnsafeError, UsageError
-from vfio_vmbus.iommu.physical import PhysicalBuffer
+from vfio_vmbus.iommu.physical import PhysicalBuffer, PhysicalSpace, buffers_for
 from vfio_vmbus.iommu.translation import READ, WRITE
 from vfio_vmbus.memory import signal  # noqa: F401  (which makes a memfd once)
 from vfio_vmbus.memory.mapping import PAGE
@@ -80,6 +80,7 @@ def test_without_the_switch_it_never_masters_the_bus(here: Machine) -> None:
     folder = device(here)
     with nothing_left(objects=False), UioPciDevice(ADDRESS, machine=here) as made:
         assert made.info.isolation == "no-DMA"
+        assert not made.dma.physical
         assert command(folder) & (COMMAND_MASTER | COMMAND_MEMORY | COMMAND_INTX_DISABLE) == COMMAND_MEMORY | COMMAND_INTX_DISABLE
         space = made.region(CONFIG_REGION)
         for offset, data in ((4, b"\4"), (4, b"\6\0"), (2, bytes([0, 0, 4, 0])), (0, bytes([0, 0, 0, 0, 7, 0]))):
@@ -285,6 +286,7 @@ def test_with_the_switch_iovas_are_physical_addresses(here: Machine) -> None:
     UioPciDevice(ADDRESS, unsafe=True, machine=here).close()  # its mark stays
     with nothing_left(objects=False), UioPciDevice(ADDRESS, unsafe=True, machine=here) as made:
         assert made.info.isolation == ""
+        assert isinstance(buffers_for(made.dma), PhysicalSpace)
         assert command(folder) & COMMAND_MASTER
         with PhysicalBuffer(PAGE, READ | WRITE, "mine") as mine:
             made.dma.map(mine.iova, mine.memory.fd, 0, PAGE, READ)

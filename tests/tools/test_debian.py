@@ -48,9 +48,12 @@ def test_packages_are_unpacked_once(tmp_path: Path) -> None:
         fetched.append(work)
         debian.run(["dpkg-deb", "--build", str(tree), str(work / "hello_1.0_all.deb")])
 
+    def build(root: Path) -> None:
+        (root / "hello").rename(root / "built")
+
     for _ in range(2):
-        root = debian.kept(tmp_path / "cache", "hello", fetch)
-        assert (root / "hello").read_text() == "hello"
+        root = debian.kept(tmp_path / "cache", "hello", fetch, build)
+        assert (root / "built").read_text() == "hello"
         assert (root / "packages.txt").read_text() == "hello_1.0_all\n"
     assert len(fetched) == 1
     assert not fetched[0].exists()
@@ -63,6 +66,16 @@ def test_nothing_half_made_is_left(tmp_path: Path) -> None:
 
     with pytest.raises(UnavailableError, match="dpkg failed"):
         debian.kept(tmp_path / "cache", "broken", fetch)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_dpkg
+def test_what_cannot_be_built_is_not_kept(tmp_path: Path) -> None:
+    def build(root: Path) -> None:
+        raise UnavailableError("no compiler")
+
+    with pytest.raises(UnavailableError, match="no compiler"):
+        debian.kept(tmp_path / "cache", "nothing", lambda work: None, build)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
