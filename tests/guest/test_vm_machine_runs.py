@@ -115,3 +115,15 @@ def test_images_are_persistent_memory_that_is_forgotten(kvm: KvmGuest, files: di
     assert answers == [str(4 * MIB // 512), "from a disk", "changed"]
     assert reason == "reset"
     assert image.read_bytes() == before
+
+
+def test_code_that_is_noise(kvm: KvmGuest) -> None:
+    found = kvm.run(MACHINE, "noise", timeout=PATIENCE, seed=5, count=20)
+    assert len(found) == 20
+    assert set(found) <= {"reset", "failed", "time-out", "power-off"}
+
+
+def test_a_guest_of_hyper_v_that_says_anything(kvm: KvmGuest) -> None:
+    reason, text, errors = kvm.run(MACHINE, "hyperv_noise", timeout=PATIENCE, seed=6, count=2000)
+    assert (reason, text) == ("power-off", "")
+    assert errors > 0
