@@ -11,23 +11,11 @@ from typing import Any
 
 import pytest
 
+from tests.cli.commands import one_line, run
 from vfio_vmbus.apps.lab import probe
 from vfio_vmbus.demo.replayed import write_capture
 
 BROADCAST = b"\xff" * 6
-
-
-def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vfio_vmbus", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What was said on stderr, which must be one line, and all that was said."""
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("vfio-vmbus: ")
-    return done.stderr
 
 
 COMMANDS = ["", "demo", "list", "serve", "bind", "unbind", "net", "net tap", "net fwd", "net capture", "net replay", "net bench"]
@@ -37,7 +25,7 @@ COMMANDS = ["", "demo", "list", "serve", "bind", "unbind", "net", "net tap", "ne
 def test_help_names_the_options_and_gives_an_example(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0
-    assert f"Usage: vfio-vmbus {command}".rstrip() in done.stdout.replace("python -m vfio_vmbus", "vfio-vmbus")
+    assert f"Usage: vfio-vmbus {command}".rstrip() in done.stdout
     if command not in ("", "net"):
         assert f"Example: vfio-vmbus {command}" in done.stdout
         assert "--json" in done.stdout
@@ -162,7 +150,7 @@ def check_attacks(said: dict[str, Any]) -> None:
 
 
 def test_the_demo_without_namespaces() -> None:
-    done = run("demo", "--replay", "--json")
+    done = run("demo", "--replay", "--json", fresh=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["ping"] is None
@@ -176,7 +164,7 @@ def test_the_demo() -> None:
     why = probe()
     if why is not None:
         pytest.skip(f"no namespaces: {why}")
-    done = run("demo", "--json")
+    done = run("demo", "--json", fresh=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["ping"]["sent"] == said["ping"]["received"] > 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.bus.trees import BALLOON, NETWORK, NIC0, machine, pci_device, put, uio_device, vmbus_device
-from tests.cli.test_cli import one_line, run
+from tests.cli.commands import one_line, run
 
 CARD = "0000:00:04.0"
 BALLOON0 = "fd149e91-82e0-4a7d-afa6-2a4166cbd7c0"

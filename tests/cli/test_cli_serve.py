@@ -6,42 +6,27 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.cli.commands import Process, started
 from tests.vfio.raw_client import RawClient
 from vfio_vmbus.vfio.registers import MAGIC
 
 
-@contextmanager
-def serving(*arguments: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "vfio_vmbus", "serve", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def line(process: subprocess.Popen[str]) -> str:
+def line(process: Process) -> str:
     assert process.stdout is not None
     return process.stdout.readline()
 
 
-def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, said = process.communicate(timeout=60)
-    return out, said
+def rest(process: Process) -> tuple[str, str]:
+    return process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_one_line_when_it_is_ready_and_ends_well_by_a_signal(tmp_path: Path, number: int) -> None:
-    with serving("--listen", tmp_path / "a") as process:
+    with started("serve", "--listen", tmp_path / "a") as process:
         assert line(process) == f"serving embedded:nic0 at {tmp_path}/a\n"
         with RawClient(tmp_path / "a") as client:
             assert client.read(0, 0, 4) == MAGIC
@@ -54,9 +39,9 @@ def test_it_says_one_line_when_it_is_ready_and_ends_well_by_a_signal(tmp_path: P
 
 
 def test_events_are_lines_of_json(tmp_path: Path) -> None:
-    with serving(
-        "embedded:left", "embedded:right", "--socket-path", tmp_path / "a", "--listen", tmp_path / "b", "--json"
-    ) as process:
+    cards = ["embedded:left", "embedded:right"]
+    places = ["--socket-path", tmp_path / "a", "--listen", tmp_path / "b"]
+    with started("serve", *cards, *places, "--json", fresh=True) as process:
         for name in ("a", "b"):
             assert json.loads(line(process)) == {"event": "listening", "at": str(tmp_path / name)}
         with RawClient(tmp_path / "b"):
@@ -78,7 +63,7 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
 
 def test_an_inherited_connection_is_served_until_it_ends() -> None:
     ours, theirs = socket.socketpair()
-    with serving("--fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),)) as process:
+    with started("serve", "--fd", str(theirs.fileno()), pass_fds=(theirs.fileno(),)) as process:
         theirs.close()
         with RawClient(ours) as client:
             assert client.read(0, 0, 4) == MAGIC
@@ -88,7 +73,7 @@ def test_an_inherited_connection_is_served_until_it_ends() -> None:
 
 def test_limits_and_mode(tmp_path: Path) -> None:
     options = ["--max-maps", "1", "--max-message", "4096", "--max-fds", "2", "--mode", "0660", "--seconds", "60"]
-    with serving("--listen", tmp_path / "a", *options) as process:
+    with started("serve", "--listen", tmp_path / "a", *options) as process:
         line(process)
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o660
         with RawClient(tmp_path / "a") as client:
@@ -97,7 +82,7 @@ def test_limits_and_mode(tmp_path: Path) -> None:
 
 
 def test_it_ends_by_itself_after_a_time(tmp_path: Path) -> None:
-    with serving("--listen", tmp_path / "a", "--seconds", "0.1") as process:
+    with started("serve", "--listen", tmp_path / "a", "--seconds", "0.1") as process:
         assert rest(process)[0].count("\n") == 1
         assert process.returncode == 0
 
@@ -122,7 +107,7 @@ def test_it_ends_by_itself_after_a_time(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_use_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
-    with serving(*arguments, cwd=tmp_path, stdin=subprocess.DEVNULL) as process:
+    with started("serve", *arguments, cwd=tmp_path) as process:
         out, said = rest(process)
         assert (process.returncode, out) == (2, "")
         assert said.startswith("vfio-vmbus: ")
@@ -134,6 +119,6 @@ def test_a_place_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(os.fspath(tmp_path / "a"))
         other.listen()
-        with serving("--listen", tmp_path / "a") as process:
+        with started("serve", "--listen", tmp_path / "a") as process:
             assert "another server listens there" in rest(process)[1]
             assert process.returncode == 2

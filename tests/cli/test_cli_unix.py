@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import one_line, run
+from tests.cli.commands import one_line, run
 from vfio_vmbus.demo.replayed import write_capture
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer

@@ -7,15 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cli.commands import run, started
 from vfio_vmbus.channel.offered import open_offered
 from vfio_vmbus.cli.console import Console, parse_line
 from vfio_vmbus.errors import UsageError
@@ -29,23 +27,8 @@ from vfio_vmbus.wire.ring import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_IN
 from vfio_vmbus.wire.rndis import IndicateStatus, InitializeRequest, encode_message
 from vfio_vmbus.wire.table import Side
 
-COMMAND = [sys.executable, "-m", "vfio_vmbus"]
 VERSION = dm.encode_message(dm.VersionRequest(version=dm.VERSION_2)).hex()
 INIT = nvsp.encode_message(nvsp.Init(min_version=nvsp.VERSION_6, max_version=nvsp.VERSION_6)).hex()
-
-
-@contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """A console whose input and output are ours; it is killed when the test fails, or takes a minute."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*COMMAND, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as running:
-        timer = threading.Timer(60, running.kill)
-        timer.start()
-        try:
-            yield running
-        finally:
-            timer.cancel()
-            running.kill()
 
 
 def test_a_balloon_answers_what_is_typed() -> None:
@@ -93,20 +76,15 @@ def test_a_card_completes_and_lines_that_are_none_are_said() -> None:
     ],
 )
 def test_what_makes_no_sense_is_said_in_a_line(words: list[str], says: str) -> None:
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120, check=False)
+    done = run(*words)
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1 or "starting" in done.stderr
 
 
 def test_the_balloon_says_how_it_went() -> None:
-    done = subprocess.run(
-        [*COMMAND, "balloon", "--limit", "8", "--seconds", "0.1", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = run("balloon", "--limit", "8", "--seconds", "0.1", "--json", fresh=True)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["version"], result["limit"], result["pages"]) == ("2.0", 2048, 0)
     assert result["isolation"]
@@ -175,7 +153,7 @@ def test_nobody_needs_a_terminal() -> None:
     """Input from nowhere, output to nobody."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [*COMMAND, "console", "embedded:balloon", "--seconds", "0.2"]
+    command = [sys.executable, "-m", "vfio_vmbus", "console", "embedded:balloon", "--seconds", "0.2"]
     with open(os.devnull, "rb") as nothing:
         done = subprocess.run(command, stdin=nothing, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(writing)

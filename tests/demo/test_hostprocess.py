@@ -34,6 +34,7 @@ def test_a_host_that_dies_is_an_error_here_and_nothing_hangs() -> None:
         os.kill(host.pid, signal.SIGKILL)
         with pytest.raises(LocalError, match=r"ended \(status -9\)"):
             host.watch()
+        nic._rpc._timeout = 0.5  # nobody is there who could answer
         with pytest.raises((ClosedError, PeerError)):
             nic.query(0x00010101)
 

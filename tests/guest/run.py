@@ -195,7 +195,7 @@ class Guest:
     def _start(self, stack: ExitStack) -> None:
         environment = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT / 'tests'}",
+            "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}:{PROJECT / 'tests'}",
             "PYTHONUNBUFFERED": "1",
             "LANG": "C.UTF-8",
             "HOME": "/dev/shm",

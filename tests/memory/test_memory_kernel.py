@@ -1,9 +1,11 @@
 """Compiled kernels are kept on disk, apart for each state of the sources, and work where nothing can be kept; steps of kernels."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +25,9 @@ print(double(21), sum(stats.cache_hits.values()), sum(stats.cache_misses.values(
 """
 
 
-def run(script: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+def run(script: Path, cache: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, **options)
 
 
 @pytest.fixture
@@ -68,6 +70,27 @@ def test_without_a_writable_folder_it_warns_and_works(script: Path, tmp_path: Pa
     assert "RuntimeWarning: compiled kernels are not kept" in done.stderr
     assert "set XDG_CACHE_HOME to a writable folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def without_roots_privilege() -> None:
+    """Root may write everywhere, unless it lacks CAP_DAC_OVERRIDE (1)."""
+    prctl_bounding_set_drop = 24
+    ctypes.CDLL(None).prctl(prctl_bounding_set_drop, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_read_and_one_that_cannot_be_read_does_no_harm(script: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run(script, cache).stdout == "42 0 1\n"
+    (folder,) = cache.glob("vfio-vmbus/kernels-*")
+    folder.chmod(0o555)
+    kept = run(script, cache, preexec_fn=without_roots_privilege)
+    assert (kept.stdout, kept.stderr) == ("42 1 0\n", "")
+    folder.chmod(0)
+    script.write_text(PROGRAM.replace("double", "twice") + PROGRAM.replace("double", "again"))
+    anew = run(script, cache, preexec_fn=without_roots_privilege)
+    folder.chmod(0o755)
+    assert anew.stdout == "42 0 1\n" * 2
+    assert anew.stderr.count(f"RuntimeWarning: compiled kernels are not kept ({folder}: Permission denied)") == 1
 
 
 STEPS = """

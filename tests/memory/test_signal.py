@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from signal import alarm
 
 import pytest
 
@@ -47,4 +48,22 @@ def test_a_full_counter_that_blocks_holds_nobody_up(ring) -> None:
     assert os.eventfd_read(fd) == FULL + 1
     ring(fd)
     assert os.eventfd_read(fd) == 1
+    os.close(fd)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # what the child does touches no other thread's locks
+def test_nor_does_it_hold_up_a_process_that_was_forked(ring) -> None:
+    fd = os.eventfd(0, 0)
+    os.eventfd_write(fd, FULL)
+    child = os.fork()
+    if child == 0:
+        alarm(60)  # whoever waits is killed
+        try:
+            ring(fd)
+            ring(fd)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.eventfd_read(fd) == FULL + 1
     os.close(fd)

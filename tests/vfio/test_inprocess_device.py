@@ -9,7 +9,7 @@ import pytest
 
 from vfio_vmbus.errors import ClosedError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
-from vfio_vmbus.testing.conformance import VmbusFunctionConformance
+from vfio_vmbus.testing.function_conformance import VmbusFunctionConformance
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vfio import registers as reg
 from vfio_vmbus.vfio.device import BAR0_REGION, CONFIG_REGION, Device

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import Process, one_line, run, started
 from tests.netvsp.traffic import Traffic
 from vfio_vmbus.channel.opened import OpenedDevice
 from vfio_vmbus.channel.opening import open_device
@@ -108,23 +107,19 @@ def test_only_one_device_at_a_socket_and_known_personalities(host: EmbeddedHost,
 
 
 @contextmanager
-def serving(path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def serving(path: Path, *options: str) -> Iterator[Process]:
     """`vfio-vmbus serve` in a process of its own, ready."""
-    command = [sys.executable, "-m", "vfio_vmbus", "serve", "--listen", str(path), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("serving ")
-            yield process
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    with started("serve", "--listen", path, "--personality", "vmbus", *options) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("serving ")
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_it_is_served_by_another_process(tmp_path: Path) -> None:
     path = tmp_path / "nic0"
-    with serving(path, "--personality", "vmbus"), nothing_left(objects=False):
+    with serving(path), nothing_left(objects=False):
         for _ in range(2):
             with opened(path) as device, Netvsc(device) as nic:
                 assert nic.info.link
@@ -135,9 +130,9 @@ def test_it_is_served_by_another_process(tmp_path: Path) -> None:
 
 def test_applications_need_not_know(tmp_path: Path) -> None:
     path, file = tmp_path / "nic0", tmp_path / "out.pcap"
-    with serving(path, "--personality", "vmbus", "--port", "generator:100"):
-        command = [sys.executable, "-m", "vfio_vmbus", "net", "capture", str(file), "--device", f"unix:{path}", "--count", "50"]
-        done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    with serving(path, "--port", "generator:100"):
+        done = run("net", "capture", file, "--device", f"unix:{path}", "--count", 50, "--json")
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["frames"] == 50
     assert file.stat().st_size == 24 + 50 * (16 + 100)
 
@@ -165,24 +160,21 @@ def test_attackers_come_over_sockets(host: EmbeddedHost, folder: Path) -> None:
 
 def test_a_server_that_dies_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "nic0"
-    with nothing_left(objects=False):
-        command = [sys.executable, "-m", "vfio_vmbus", "serve", "--listen", str(path), "--personality", "vmbus"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("serving ")
-            device = opened(path)
-            nic = Netvsc(device)
-            process.kill()
-            process.wait()
-            with pytest.raises(Exception, match=r"gone|closed|reset|end"):
-                device.device.region(wire.REGION_REGISTERS).read32(0)
-            nic.queue.rx_burst()  # the memory is still there
-            nic.close()
-            device.close()
+    with nothing_left(objects=False), started("serve", "--listen", path, "--personality", "vmbus") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("serving ")
+        device = opened(path)
+        nic = Netvsc(device)
+        process.kill()
+        process.wait()
+        with pytest.raises(Exception, match=r"gone|closed|reset|end"):
+            device.device.region(wire.REGION_REGISTERS).read32(0)
+        nic.queue.rx_burst()  # the memory is still there
+        nic.close()
+        device.close()
 
 
 def test_the_command_knows_its_personalities() -> None:
-    command = [sys.executable, "-m", "vfio_vmbus", "serve", "--listen", "/nowhere/x", "--personality", "usb"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run("serve", "--listen", "/nowhere/x", "--personality", "usb")
     assert done.returncode == 2
-    assert "take pci or vmbus" in done.stderr
+    assert "take pci or vmbus" in one_line(done)

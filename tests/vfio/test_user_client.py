@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.netvsc.pair import SMALL
 from tests.vfio.served_host import CARDS, OtherProcess, other_process
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
@@ -20,7 +22,7 @@ from vfio_vmbus.errors import ClosedError, RefusedError, UnavailableError, Usage
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.serving import HostServer
 from vfio_vmbus.memory.kernel import INTERPRETED
-from vfio_vmbus.testing.conformance import VmbusFunctionConformance
+from vfio_vmbus.testing.function_conformance import VmbusFunctionConformance
 from vfio_vmbus.testing.leaks import Stock, nothing_left
 from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vfio import registers as reg
@@ -79,11 +81,11 @@ class TestAcrossProcesses(VmbusFunctionConformance):
 class Cards:
     """Drivers of both cards of a host: what one sends, the other receives."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, **options: Any) -> None:
         self.nics = []
         for name in CARDS:
             device = stack.enter_context(UserDevice(folder / name, timeout=PATIENCE))
-            self.nics.append(stack.enter_context(Netvsc(stack.enter_context(open_device(device)), mtu=9000)))
+            self.nics.append(stack.enter_context(Netvsc(stack.enter_context(open_device(device)), mtu=9000, **options)))
 
     def send(self, sender: int, payload: bytes) -> bytes:
         """Send a frame to the other card: the frame."""
@@ -126,7 +128,7 @@ def test_frames_go_both_ways_between_processes(elsewhere: OtherProcess) -> None:
 def test_drivers_that_come_and_go_leave_nothing_on_either_side(elsewhere: OtherProcess) -> None:
     def cycle() -> None:
         with ExitStack() as stack:
-            cards = Cards(elsewhere.folder, stack)
+            cards = Cards(elsewhere.folder, stack, **SMALL)
             sent = cards.send(0, b"hello")
             assert cards.receive(1, 1) == [sent]
 

@@ -302,16 +302,18 @@ def test_other_descriptors_are_not_served(tmp_path: Path, make: Callable[[], int
 def test_maps_beyond_the_limit_are_refused_and_others_do_not_wait(tmp_path: Path) -> None:
     """100,000 of them, without a pause; others have their turn after some dozens of them."""
     limit, wanted = 2000, 100_000
-    heads = [wire.DmaMap(flags=3, iova=IOVA + number * PAGE, size=PAGE).pack() for number in range(wanted)]
-    refused = b"".join(wire.encode_request(7, wire.DMA_MAP, head) for head in heads[limit:])
+    begin, _, end = wire.encode_request(7, wire.DMA_MAP, wire.DmaMap(flags=3, iova=IOVA, size=PAGE).pack()).partition(
+        IOVA.to_bytes(8, "little")
+    )
+    refused = b"".join(begin + (IOVA + number * PAGE).to_bytes(8, "little") + end for number in range(limit, wanted))
     codes: list[int] = []
 
     def flood(me: RawClient) -> None:
         with SharedMemory(PAGE) as memory:
-            codes.extend(me.ask(wire.DMA_MAP, head, (memory.fd,))[0] for head in heads[:limit])
+            codes.extend(me.map(IOVA + number * PAGE, PAGE, memory.fd) for number in range(limit))
         sender = threading.Thread(target=me.sock.sendall, args=(refused,))
         sender.start()
-        codes.extend(struct.unpack_from("I", me.exactly(16), 12)[0] for _ in heads[limit:])
+        codes.extend(code for (code,) in struct.iter_unpack("12xI", me.exactly(16 * (wanted - limit))))
         sender.join()
 
     with serving(tmp_path, "a", "b", max_maps=limit) as served, served.client("a") as one, served.client("b") as other:

@@ -341,6 +341,21 @@ def test_a_monitor_page_that_is_nowhere(guest: SynicGuest, page: int) -> None:
     guest.connect().ping()
 
 
+@pytest.mark.parametrize("what", ["monitor page", "rings"])
+def test_memory_in_use_is_left_before_it_is_unmapped(host: EmbeddedHost, guest: SynicGuest, what: str) -> None:
+    """The one map of all its memory goes: what the host's kernels look at must have ended before."""
+    guest.connect()
+    connection = guest.hyperv.connection
+    with guest.memory(8) as rings:
+        if what == "rings":
+            assert guest.open(guest.share(rings.pfns).gpadl, 4) == 0
+        host.run(lambda: connection.domain.unmap(0, guest.ram.size))
+        assert connection.failed
+        assert connection.monitor is None
+        assert connection.open_channels == 0
+        assert ("GPADL" if what == "rings" else "the monitor page") in str(connection.errors[-1])
+
+
 def test_a_guest_without_monitor_pages_is_not_watched(guest: SynicGuest) -> None:
     guest.enable()
     assert guest.contact(monitor_page1=0, monitor_page2=0).connection_state == wire.CONNECTION_SUCCESSFUL

@@ -16,6 +16,7 @@ from .device import elsewhere, is_uio, uio_device
 if TYPE_CHECKING:
     from ..drivers.netvsc.driver import Netvsc
     from ..host.embedded import EmbeddedHost
+    from ..host.faults.plan import FaultPlan
     from ..vfio.device import Device
 
 DEVICE_HELP = (
@@ -71,17 +72,22 @@ def driven_card(
     promiscuous: bool = False,
     allow_spoofing: bool = False,
     unsafe: bool = False,
+    faults: FaultPlan | None = None,
     command: str,
 ) -> Iterator[Card]:
     """Attach a card and drive it; start its host with these ports first, if it is embedded. Raises UsageError for words that make no sense.
 
-    mac, allow_spoofing: of an embedded card. poll: how its host waits. unsafe: was the switch for such devices given? command: who does
-    it, for `status`.
+    mac, allow_spoofing: of an embedded card. poll: how its host waits. unsafe: was the switch for such devices given? faults: of the
+    host. command: who does it, for `status`.
     """
     embedded = is_embedded(device)
     check_ports(ports or [])
     if ports and not embedded:
         raise UsageError(f"--port {ports[0]}: the switch of {device} is in another process; give ports to vfio-vmbus serve")
+    if faults and not embedded:
+        raise UsageError(
+            f"--fault {faults.faults[0]}: the host of {device} is not in this process; give faults to vfio-vmbus serve"
+        )
     from ..channel.opening import open_device
     from ..control.driving import DriverSubject
     from ..control.hosting import HostSubject
@@ -90,7 +96,7 @@ def driven_card(
     from ..wire.oid import PACKET_TYPE_PROMISCUOUS
 
     with ExitStack() as stack:
-        host = _host(stack, poll) if embedded else None
+        host = _host(stack, poll, faults) if embedded else None
         if is_uio(device):
             opened = stack.enter_context(uio_device(device, unsafe=unsafe))
             if opened.class_guid != CLASS_NETWORK:
@@ -113,10 +119,10 @@ def _rest(device: str) -> str:
     return device.partition(":")[2]
 
 
-def _host(stack: ExitStack, poll: str) -> EmbeddedHost:
+def _host(stack: ExitStack, poll: str, faults: FaultPlan | None) -> EmbeddedHost:
     from ..host.embedded import EmbeddedHost
 
-    return stack.enter_context(EmbeddedHost(poll=poll))
+    return stack.enter_context(EmbeddedHost(poll=poll, faults=faults))
 
 
 _KINDS = {"tap": True, "replay": True, "capture": True, "generator": None, "sink": False}

@@ -7,25 +7,29 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .card import Card, DeviceOption, JsonOption, MtuOption, PollOption, PortOption, SecondsOption, driven_card, is_embedded
 from .device import UnsafeOption
+from .faults import FAULT_HEADS, FaultOption, FaultSeedOption, HostileOption, fault_plan, fault_rows
 from .output import Progress, count, print_json, print_table, progress
 from .stopping import stoppable
+
+if TYPE_CHECKING:
+    from ..dataplane.worker import Worker
 
 app = typer.Typer(help="Drive a VMBus network card from user space.", no_args_is_help=True, rich_markup_mode=None)
 
 _COMPILING = "starting (the first start compiles the data path, some seconds)"
 
 
-def _wait(stop: threading.Event, seconds: float | None, watch: Any, shown: Progress, verb: str) -> float:
-    """Until stopped or `seconds` are over, saying how many frames `watch` counts. Returns how long it was."""
+def _wait(stop: threading.Event, seconds: float | None, worker: Worker, watch: Any, shown: Progress, verb: str) -> float:
+    """Until stopped, `seconds` are over or the worker has failed, saying how many frames `watch` counts. Returns how long it was."""
     start = time.monotonic()
     while not stop.wait(0.5 if seconds is None else max(0.0, min(0.5, start + seconds - time.monotonic()))):
-        if seconds is not None and time.monotonic() - start >= seconds:
+        if not worker.running or (seconds is not None and time.monotonic() - start >= seconds):
             break
         shown.say(f"{count(watch())} frames {verb}, {time.monotonic() - start:.0f} s; Ctrl-C ends")
     return time.monotonic() - start
@@ -35,8 +39,9 @@ def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> No
     ports = {port.name: asdict(port.counters()) for port in card.host.switch.ports} if card.host else {}
     nic = asdict(card.nic.info)
     counters = asdict(card.nic.counters())
+    faults = fault_rows(card.host) if card.host else []
     if as_json:
-        print_json({**result, "nic": nic, "counters": counters, "ports": ports})
+        print_json({**result, "nic": nic, "counters": counters, "ports": ports, **({"faults": faults} if faults else {})})
         return
     print_table(title, ("what", "value"), [(name.replace("_", " "), value) for name, value in result.items()], right=(1,))
     if not ports:
@@ -45,6 +50,8 @@ def _report(card: Card, result: dict[str, Any], as_json: bool, title: str) -> No
     rows = [(name, *(values[key] for key in names)) for name, values in ports.items()]
     heads = ("port", "frames in", "bytes in", "frames out", "bytes out", "no room", "spoofed", "errors")
     print_table("Ports of the switch", heads, rows, right=range(1, 8))
+    if faults:
+        print_table("Faults", FAULT_HEADS, [list(row.values()) for row in faults], right=(3, 4))
 
 
 @app.command()
@@ -56,6 +63,9 @@ def tap(
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Give the card to the kernel's stack, as a TAP.
@@ -64,19 +74,22 @@ def tap(
 
     Example: vfio-vmbus net tap vm0 --port tap:vm1 --port capture:vm.pcap
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.lab.tap import open_tap
 
     embedded = is_embedded(device)
     with progress(_COMPILING) as shown, stoppable() as stop, ExitStack() as stack:
         own = stack.enter_context(open_tap(name, mtu=mtu)) if embedded else None  # an embedded card takes its TAP's address
         card = stack.enter_context(
-            driven_card(device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe, command="tap")
+            driven_card(
+                device, port, mtu=mtu, poll=poll, mac=own.mac if own else None, unsafe=unsafe, faults=faults, command="tap"
+            )
         )
         interface = own or stack.enter_context(open_tap(name, mac=card.nic.mac, mtu=mtu))
         from ..apps.tap import TapBridge
 
         with TapBridge(card.nic, interface, poll=poll) as bridge:
-            elapsed = _wait(stop, seconds, lambda: sum(_frames(bridge.counters())), shown, "passed")
+            elapsed = _wait(stop, seconds, bridge.worker, lambda: sum(_frames(bridge.counters())), shown, "passed")
             bridge.check()
         result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
         _report(card, result, as_json, f"TAP {name}")
@@ -94,6 +107,9 @@ def fwd(
     mtu: MtuOption = 1500,
     poll: PollOption = "adaptive",
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send every frame back to its sender.
@@ -102,15 +118,16 @@ def fwd(
 
     Example: vfio-vmbus net fwd --port generator:64 --seconds 3
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe, command="fwd") as card,
+        driven_card(device, port, mtu=mtu, poll=poll, unsafe=unsafe, faults=faults, command="fwd") as card,
     ):
         from ..apps.forward import Forwarder
 
         with Forwarder(card.nic, poll=poll) as forwarder:
-            elapsed = _wait(stop, seconds, lambda: forwarder.counters().sent, shown, "sent back")
+            elapsed = _wait(stop, seconds, forwarder.worker, lambda: forwarder.counters().sent, shown, "sent back")
         counters = forwarder.counters()  # of a loop that has ended: read while it runs, they need not agree with each other
         result = {**asdict(counters), "seconds": round(elapsed, 2), "mpps": round(counters.sent / elapsed / 1e6, 3)}
         _report(card, result, as_json, "Forwarded")
@@ -126,6 +143,9 @@ def capture(
     snaplen: Annotated[int, typer.Option("--snaplen", help="Bytes kept of a frame.", min=14, max=65535)] = 65535,
     mtu: MtuOption = 1500,
     seconds: SecondsOption = None,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write what the card receives to a file.
@@ -134,12 +154,13 @@ def capture(
 
     Example: vfio-vmbus net capture out.pcap --port replay:in.pcap --seconds 1
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.capture import capture as run
 
     with (
         progress(_COMPILING) as shown,
         stoppable() as stop,
-        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe, command="capture") as card,
+        driven_card(device, port, mtu=mtu, promiscuous=True, unsafe=unsafe, faults=faults, command="capture") as card,
     ):
         start = time.monotonic()
         done = run(
@@ -164,6 +185,9 @@ def replay(
     loops: Annotated[int, typer.Option("--loops", help="Send it so often.", min=1)] = 1,
     recorded_pace: Annotated[bool, typer.Option("--recorded-pace", help="As fast as it was recorded.")] = False,
     mtu: MtuOption = 1500,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send the frames of a capture.
@@ -172,11 +196,12 @@ def replay(
 
     Example: vfio-vmbus net replay in.pcap --port capture:out.pcap
     """
+    faults = fault_plan(fault, hostile, fault_seed)
     from ..apps.replay import replay as run
 
     with (
         progress(_COMPILING) as shown,
-        driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe, command="replay") as card,
+        driven_card(device, port, mtu=mtu, allow_spoofing=True, unsafe=unsafe, faults=faults, command="replay") as card,
     ):
         done = run(
             card.nic,

@@ -14,7 +14,8 @@ import typer
 from ..errors import UsageError
 from .card import MtuOption, PollOption, PortOption, SecondsOption, add_port, check_ports
 from .control import NameOption, controlled
-from .output import progress
+from .faults import FAULT_HEADS, FaultOption, FaultSeedOption, HostileOption, fault_plan, fault_rows
+from .output import print_table, progress
 from .stopping import on_stop
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def serve(
     max_message: Annotated[int, typer.Option("--max-message", help="Bytes of data in a message.", min=4096, max=64 << 20)] = 1
     << 20,
     max_requests: Annotated[float, typer.Option("--max-requests", help="Requests a second of a client.", min=1)] = 100_000,
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     process_name: NameOption = None,
     seconds: SecondsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a JSON object on a line.")] = False,
@@ -74,6 +78,7 @@ def serve(
         raise UsageError("--port replay: it would be over before a client is there")
     permissions = _octal(mode)
     _check_personality(personality)
+    faults = fault_plan(fault, hostile, fault_seed)
     _raise_descriptor_limit()
     events: SimpleQueue[ServerEvent | None] = SimpleQueue()
     with ExitStack() as stack:
@@ -84,7 +89,7 @@ def serve(
             from ..host.serving import HostServer
             from ..vfio.user.connection import ServerLimits
 
-            host = stack.enter_context(EmbeddedHost(poll=poll))
+            host = stack.enter_context(EmbeddedHost(poll=poll, faults=faults))
             cards = {name: host.add_nic(name, max_mtu=mtu) for name in names}
             for text in port or []:
                 add_port(host, text, stack, mtu=mtu, mac=cards[names[0]].mac)
@@ -108,6 +113,8 @@ def serve(
         if not as_json:
             print(_ready(names, places), flush=True)
         _watch(events, seconds, as_json, lambda: server.idle)
+        if faults:
+            _tell_faults(fault_rows(host), as_json)
 
 
 def _names(devices: list[str] | None, places: int) -> list[str]:
@@ -167,6 +174,13 @@ def _watch(events: SimpleQueue[ServerEvent | None], seconds: float | None, as_js
             print(_as_line(event), flush=True)
         if event.kind == "detached" and idle():
             break
+
+
+def _tell_faults(faults: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"event": "faults", "faults": faults}), flush=True)
+    else:
+        print_table("Faults", FAULT_HEADS, [list(row.values()) for row in faults], right=(3, 4))
 
 
 def _as_line(event: ServerEvent) -> str:

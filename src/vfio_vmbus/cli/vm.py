@@ -17,6 +17,7 @@ import typer
 from ..errors import UnavailableError, UsageError
 from .card import MtuOption, PollOption, PortOption, add_port, check_ports
 from .control import NameOption, controlled
+from .faults import FaultOption, FaultSeedOption, HostileOption, fault_plan, fault_rows
 from .guest_console import HINT, KEYS, GuestInput, GuestOutput, Keys, raw_terminal, say
 from .output import printable, progress
 from .stopping import on_stop
@@ -61,6 +62,9 @@ def vm(
     max_version: Annotated[
         str, typer.Option("--max-version", help="Newest version of VMBus that is agreed to: 5.3 to 2.4.", metavar="N.N")
     ] = "5.3",
+    fault: FaultOption = None,
+    fault_seed: FaultSeedOption = 0,
+    hostile: HostileOption = False,
     process_name: NameOption = None,
 ) -> int:
     """Run a Linux guest with VMBus devices.
@@ -75,6 +79,7 @@ def vm(
     check_ports(ports)
     size = parse_size(memory)
     newest = parse_version(max_version)
+    faults = fault_plan(fault, hostile, fault_seed)
     with ExitStack() as stack:
         output = stack.enter_context(_output(console))
         with progress("starting (the first start compiles the data path, some seconds)"):
@@ -83,7 +88,7 @@ def vm(
             from ..vm.hyperv import Hyperv
             from ..vm.machine import CMDLINE, Machine
 
-            host = stack.enter_context(EmbeddedHost(poll=poll))
+            host = stack.enter_context(EmbeddedHost(poll=poll, faults=faults))
             nics = [host.add_nic(mac=card.mac, max_mtu=mtu) for card in cards]
             for text in ports:
                 add_port(host, text, stack, mtu=mtu, mac=nics[0].mac if nics else b"\xff" * 6)
@@ -105,6 +110,8 @@ def vm(
         stack.enter_context(controlled("vm", lambda: HostSubject(host, why=_CONFINED, max_mtu=mtu), process_name))
         with on_stop(machine.stop, signal.SIGHUP, signal.SIGQUIT), _input(machine, reads=console == "-"):
             ended = _run(machine, output, timeout)
+        for row in fault_rows(host):
+            print("{device}, {flow}: {fault} hit {hits} of {seen}".format(**row), file=sys.stderr, flush=True)
     output.check()
     return _tell(ended, hyperv, wanted=bool(cards))
 

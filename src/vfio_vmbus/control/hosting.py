@@ -135,7 +135,7 @@ class HostSubject:
             mtu=nic.mtu if nic else None,
             link=nic.link if nic else None,
             client=holder.name if holder else None,
-            counters=nic.counters() if nic else {},
+            counters=(nic.counters() if nic else {}) | self._host.fault_counters(name),
         )
 
     def _client(self, end: HostEnd) -> Client:

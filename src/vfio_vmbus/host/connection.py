@@ -34,6 +34,9 @@ from ..wire.vmbus import (
     SUPPORTED_VERSIONS,
 )
 from .carrier import Carrier
+from .faults.fate import Desk
+from .faults.messages import faulted
+from .faults.relay import Relay, relay
 from .monitor import Monitor
 from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
@@ -63,7 +66,7 @@ class _Gpadl:
 class _OpenChannel:
     """pieces: how many its rings are mapped from; each data area is mapped twice."""
 
-    pair: RingPair
+    pair: RingPair | Relay
     pieces: int
 
 
@@ -71,7 +74,7 @@ class Connection:
     """The host's end for the client that `carrier` leads to. `devices` are offered to it, in order.
 
     max_version, min_version: of VMBus, major << 16 | minor. monitored: channels may be signalled in the client's monitor page, which is
-    then looked at all the time. max_pieces: of memory, see MAX_PIECES.
+    then looked at all the time. max_pieces: of memory, see MAX_PIECES. faults: what is to go wrong.
     """
 
     def __init__(
@@ -83,8 +86,8 @@ class Connection:
         min_version: int = SUPPORTED_VERSIONS[-1],
         monitored: bool = False,
         max_pieces: int = MAX_PIECES,
+        faults: Desk | None = None,
     ) -> None:
-        self.carrier = carrier
         self.errors: deque[Exception] = deque(maxlen=KEPT_ERRORS)
         """What the client did wrong, the latest last."""
         self.error_count = 0
@@ -93,9 +96,12 @@ class Connection:
         self._monitored = monitored
         self.monitor: Monitor | None = None
         """While a monitored client is connected."""
+        self._monitor_page = 0
         self._max_pieces = max_pieces
         self._devices = list(devices)
         """What is offered whenever the client connects."""
+        self.carrier = faulted(faults, "+".join(vsp.name for vsp in self._devices) if faults else "", carrier)
+        self._faults = faults
         self._vsps: dict[int, Vsp] = {}
         self._returning: list[Vsp] = []
         """Devices that are offered again as soon as the client has let go of them."""
@@ -103,7 +109,7 @@ class Connection:
         self._gpadls: dict[int, _Gpadl] = {}
         self._closed = False
         self._offer()
-        carrier.begin(self)
+        self.carrier.begin(self)
 
     @property
     def name(self) -> str:
@@ -149,9 +155,12 @@ class Connection:
     def revoke(self, iova: int, size: int) -> None:
         """The client takes memory away. What uses it ends first, as an IOMMU would fault it."""
         end = iova + size
-        for handle, gpadl in self._gpadls.items():
-            if any(start < end and iova < start + length for start, length in gpadl.runs):
-                self.fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while GPADL {handle:#x} used it"))
+        in_use = {f"GPADL {handle:#x}": gpadl.runs for handle, gpadl in self._gpadls.items()}
+        if self.monitor is not None:
+            in_use["the monitor page"] = [(self._monitor_page, PAGE)]
+        for what, runs in in_use.items():
+            if any(start < end and iova < start + length for start, length in runs):
+                self.fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while {what} used it"))
                 return
 
     def reset(self) -> None:
@@ -275,6 +284,7 @@ class Connection:
             mapping = side_by_side(self.domain.pieces(page, PAGE, READ | WRITE))
         except (IsolationFault, DmaError) as error:
             raise ProtocolError(f"a monitor page at {page:#x}: {error}") from error
+        self._monitor_page = page
         self.monitor = Monitor(mapping, f"{self.name}-monitor")
 
     def _end_monitor(self) -> None:
@@ -363,7 +373,6 @@ class Connection:
         except (PeerError, DmaError, UsageError, OSError) as error:
             self._note(error)
             return STATUS_INSUFFICIENT_RESOURCES if isinstance(error, OSError) else STATUS_INVALID_PARAMETER
-        self._open_channels[action.relid] = _OpenChannel(pair, 2 * len(gpadl.pieces))
         self._watch(action.relid, doorbell)
         context = ChannelContext(
             relid=action.relid,
@@ -374,8 +383,13 @@ class Connection:
             failed=self._note,
             guarded=self.guarded,
         )
+        vsp, pieces = self._vsps[action.relid], 2 * len(gpadl.pieces)
+        self._open_channels[action.relid] = _OpenChannel(pair, pieces)
         try:
-            self._vsps[action.relid].open(context)
+            between = relay(self._faults, vsp.name, context, interrupt) if self._faults else None
+            if between is not None:
+                self._open_channels[action.relid] = _OpenChannel(between, pieces)
+            vsp.open(between.context if between else context)
         except Exception as error:
             log.exception("%s: the device did not open", name)
             self._note(error)
@@ -384,15 +398,17 @@ class Connection:
         return STATUS_SUCCESS
 
     def _close_channel(self, relid: int) -> None:
-        vsp = self._vsps.get(relid)
+        vsp, pair = self._vsps.get(relid), self._open_channels.pop(relid).pair
 
         def leave() -> None:
             with ExitStack() as stack:
                 if vsp is not None:
                     stack.callback(vsp.close)
+                if isinstance(pair, Relay):
+                    stack.callback(pair.stop)
                 self._watch(relid, None)
 
-        self._let_go(leave, self._open_channels.pop(relid).pair)
+        self._let_go(leave, pair)
 
 
 def _runs(pfns: Iterable[int]) -> list[tuple[int, int]]:

@@ -25,6 +25,8 @@ from .admin_ring import AdminRing
 from .balloon import Balloon
 from .carrier import Carrier
 from .connection import Connection
+from .faults.fate import Desk, FaultCount
+from .faults.plan import FaultPlan
 from .netvsp.vsp import Netvsp
 from .opened import Opener
 from .switch.switch import Switch
@@ -63,25 +65,28 @@ class PlacedCarrier(Carrier, Place, Protocol):
     """A carrier that is a place by itself."""
 
 
-def _as_pci(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+def _as_pci(name: str, devices: tuple[Vsp, ...], faults: Desk | None, options: dict[str, Any]) -> Made:
     """A PCI function, behind which the client opens what it likes."""
     first = devices[0].offer if devices else ChannelOffer()
     function = PciFunction(name, identity=Identity(first.class_guid, first.instance_guid), **options)
     try:
-        return function, Connection(AdminRing(function), devices)
+        return function, Connection(AdminRing(function), devices, faults=faults)
     except BaseException:
         function.close()
         raise
 
 
-def _as_vmbus(name: str, devices: tuple[Vsp, ...], options: dict[str, Any]) -> Made:
+def _as_vmbus(name: str, devices: tuple[Vsp, ...], faults: Desk | None, options: dict[str, Any]) -> Made:
     """One device whose channel is open."""
     offer = devices[0].offer
     function = VmbusFunction(name, identity=Identity(offer.class_guid, offer.instance_guid), **options)
-    return function, Opener(function, devices[0])
+    return function, Opener(function, devices[0], faults)
 
 
-PERSONALITIES: Mapping[str, Callable[[str, tuple[Vsp, ...], dict[str, Any]], Made]] = {"pci": _as_pci, "vmbus": _as_vmbus}
+PERSONALITIES: Mapping[str, Callable[[str, tuple[Vsp, ...], Desk | None, dict[str, Any]], Made]] = {
+    "pci": _as_pci,
+    "vmbus": _as_vmbus,
+}
 """How a device may look to its client."""
 
 
@@ -96,11 +101,12 @@ def check_personality(personality: str, devices: tuple[Vsp, ...]) -> None:
 class EmbeddedHost:
     """Runs from the moment it is made until `close`; a with statement closes it. Methods may be called from any thread.
 
-    poll: how its worker waits: "busy", "adaptive" or "interrupt".
+    poll: how its worker waits: "busy", "adaptive" or "interrupt". faults: what is to go wrong on its devices.
     """
 
-    def __init__(self, *, poll: str = "adaptive", name: str = "host") -> None:
+    def __init__(self, *, poll: str = "adaptive", name: str = "host", faults: FaultPlan | None = None) -> None:
         self.name = name
+        self._faults = Desk(faults) if faults else None
         self.switch = Switch(f"{name}-switch", poll=poll)
         self.nics: dict[str, Netvsp] = {}
         self.balloons: dict[str, Balloon] = {}
@@ -149,7 +155,7 @@ class EmbeddedHost:
         check_personality(personality, devices)
         self._check(devices)
         self._number += 1
-        function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, options)
+        function, end = PERSONALITIES[personality](name or f"embedded:{self._number}", devices, self._faults, options)
         self._place(function, end, devices)
         return function, lambda: self._release(function)
 
@@ -163,7 +169,7 @@ class EmbeddedHost:
             self._check(devices)
             carrier = make()
             try:
-                end = Connection(carrier, devices, **options)
+                end = Connection(carrier, devices, faults=self._faults, **options)
             except BaseException:
                 carrier.close()
                 raise
@@ -195,6 +201,20 @@ class EmbeddedHost:
             self._used[place].add(device)
 
         self.run(offer)
+
+    def fault_counts(self) -> list[FaultCount]:
+        """What the ordered faults have done so far, for each device, flow and order; none for a device that was not opened yet."""
+        desk = self._faults
+        return self.run(desk.counts) if desk else []
+
+    def fault_counters(self, device: str) -> dict[str, int]:
+        """The same as counters of a device, with names like "fault_drop_packets_to_guest"; none where no faults are ordered."""
+        counters: dict[str, int] = {}
+        for done in self.fault_counts():
+            if device in done.device.split("+"):  # messages are a client's, which may have several devices
+                name = f"fault_{done.kind}_{done.flow}".replace("-", "_")
+                counters[name] = counters.get(name, 0) + done.hits
+        return counters
 
     def at_close(self, callback: Callable[[], None]) -> None:
         """Call this on the host's loop when the host closes, before its clients are let go."""

@@ -19,6 +19,8 @@ from ..memory.shared import side_by_side
 from ..ring.pair import RingPair
 from ..vfio.vmbus_function import OpenedMemory, VmbusFunction
 from ..wire.table import Side
+from .faults.fate import Desk
+from .faults.relay import Relay, relay
 from .vsp import ChannelContext, HostGpadl, Vsp, guarded
 
 log = logging.getLogger("vfio_vmbus.host")
@@ -31,8 +33,9 @@ _RELID = 0
 class Opener:
     """The host's end for the client of `function`, which gets `vsp`."""
 
-    def __init__(self, function: VmbusFunction, vsp: Vsp) -> None:
+    def __init__(self, function: VmbusFunction, vsp: Vsp, faults: Desk | None = None) -> None:
         self.function = function
+        self._faults = faults
         self.errors: deque[Exception] = deque(maxlen=KEPT_ERRORS)
         """What the client did wrong, the latest last."""
         self.error_count = 0
@@ -41,6 +44,7 @@ class Opener:
         self._buffers: dict[int, HostGpadl] = {}
         self._resources: ExitStack | None = None
         """What the open channel's memory is mapped by."""
+        self._relay: Relay | None = None
         function.backend = self
 
     @property
@@ -85,19 +89,22 @@ class Opener:
             for handle, buffer, writable in memory.buffers():
                 mapping = stack.enter_context(side_by_side([Piece(buffer.fd, 0, buffer.size, writable)]))
                 self._buffers[handle] = HostGpadl(handle, mapping, READ | WRITE if writable else READ)
+            context = ChannelContext(
+                relid=_RELID,
+                pair=pair,
+                domain=self.function.domain,
+                doorbell=memory.doorbell,
+                gpadl=self._gpadl,
+                failed=self._fail,
+                guarded=self._guarded,
+            )
+            self._relay = relay(self._faults, self._vsp.name, context, interrupt) if self._faults else None
+            if self._relay is not None:
+                stack.callback(self._relay.close)
+                context = self._relay.context
             self._resources = stack.pop_all()
         try:
-            self._vsp.open(
-                ChannelContext(
-                    relid=_RELID,
-                    pair=pair,
-                    domain=self.function.domain,
-                    doorbell=memory.doorbell,
-                    gpadl=self._gpadl,
-                    failed=self._fail,
-                    guarded=self._guarded,
-                )
-            )
+            self._vsp.open(context)
         except Exception as error:
             log.exception("%s: the device did not open", name)
             self._note(error)
@@ -109,6 +116,8 @@ class Opener:
         resources, self._resources = self._resources, None
         if resources is None:
             return
+        if self._relay is not None:
+            self._relay.stop()
         try:
             self._vsp.close()
         except Exception as error:

@@ -59,7 +59,9 @@ def guarded(callback: Callable[[], None], name: str, fail: Callable[[Exception],
 
 
 class Vsp(Protocol):
-    """A device of the embedded host."""
+    """A device of the embedded host. name: of its own at its host."""
+
+    name: str
 
     @property
     def offer(self) -> ChannelOffer: ...

@@ -16,6 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, update_wrapper
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -47,23 +48,30 @@ def _fingerprint() -> str:
 
 @cache
 def cache_folder() -> Path | None:
-    """The folder of compiled kernels (XDG_CACHE_HOME or ~/.cache), or None, with a warning, where it cannot be written."""
+    """The folder of compiled kernels (XDG_CACHE_HOME or ~/.cache), or None, with a warning, where there can be none.
+
+    One that cannot be written is read: a service may run on what was compiled when it was installed.
+    """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vfio-vmbus"
         folder = root / f"kernels-{_fingerprint()}"
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             _prune(root)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "not writable", str(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
-        warnings.warn(
-            f"compiled kernels are not kept ({error}); every start compiles anew: set XDG_CACHE_HOME to a writable folder",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_that_nothing_is_kept(str(error))
         return None
     return folder
+
+
+@cache
+def _warn_that_nothing_is_kept(why: str) -> None:
+    """Once for each reason."""
+    warnings.warn(
+        f"compiled kernels are not kept ({why}); every start compiles anew: set XDG_CACHE_HOME to a writable folder",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _prune(root: Path) -> None:
@@ -100,6 +108,17 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
 
 class _Cache(FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheImpl
+
+    def load_overload(self, *arguments: Any) -> Any:
+        """What was kept, None where there is nothing that may be read."""
+        with suppress(PermissionError):
+            return super().load_overload(*arguments)
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            super().save_overload(*arguments)
+        except OSError as error:
+            _warn_that_nothing_is_kept(f"{cache_folder()}: {error.strerror}")
 
 
 def kernel(signature: str) -> Callable[[F], F]:

@@ -52,7 +52,7 @@ SIGNAL = np.dtype(
         ("flags", "u4"),
         ("eventfd", "u4"),
         ("list", "i8"),  # address of this record: the list of requests that io_submit wants
-        ("context", "i8"),  # 0: there is none
+        ("context", "i8"),  # address of the word that says which context this process has
         ("scratch", "i8", (2,)),  # for other system calls
     ]
 )
@@ -73,28 +73,42 @@ def _system_call(number: int, first: int, second: int, third: int) -> int:
 
 
 def _set_up() -> int:
-    """This process's context, for life. 0 where the kernel has none for us."""
+    """A context for this process, for life. -1 where the kernel has none for us."""
     context = ctypes.c_ulong(0)
     result = _system_call(_IO_SETUP, _EVENTS, ctypes.addressof(context), 0) if _IO_SETUP >= 0 else -1
     if result < 0:
         log.warning("no asynchronous I/O (%s): who shares an eventfd with us can make us wait", os.strerror(-result))
-        return 0
+        return -1
     register(context.value, _RING_SIZE)
     return context.value
 
 
-_CONTEXT: Final = _set_up()
+_context: Final = ctypes.c_int64(_set_up())
+"""This process's context, -1: it has none. 0: it was forked, and has signalled nothing yet."""
+_CONTEXT_WORD: Final = ctypes.addressof(_context)
+register(_CONTEXT_WORD, 8)
+os.register_at_fork(after_in_child=lambda: setattr(_context, "value", 0))  # a parent's context is none of its child's
+
+
+def _ensure_context() -> int:
+    """Which context it is. Threads that are first at once make one each, and use the last."""
+    if _context.value == 0:
+        _context.value = _set_up()
+    return _context.value
+
+
 _EMPTY: Final = os.memfd_create("vfio-vmbus-empty", os.MFD_CLOEXEC)
 
 
 def signal_record() -> Block:
     """A SIGNAL record, for `signal`."""
+    _ensure_context()
     record = Block(SIGNAL)
     record["opcode"] = _PREAD
     record["file"] = _EMPTY
     record["flags"] = _RESFD
     record["list"] = record.address
-    record["context"] = _CONTEXT
+    record["context"] = _CONTEXT_WORD
     return record
 
 
@@ -115,13 +129,13 @@ else:
 @inline
 def signal(fd: int, record: int) -> None:
     """Add one to an eventfd; `record` is the address of a SIGNAL record."""
-    context = load64(record + _CONTEXT_AT)
-    if context != 0:
+    context = load64(load64(record + _CONTEXT_AT))
+    if context > 0:
         store32(record + _EVENTFD, fd)
         if _submit(context, record + _LIST) == 1:
             store32(context + _HEAD, load32(context + _TAIL))  # it has completed: make room for the next one
             return
-    eventfd_signal(fd, record + SCRATCH)  # a process that was forked has no context either
+    eventfd_signal(fd, record + SCRATCH)
 
 
 _TEMPLATE: Final = signal_record().array.tobytes()
@@ -134,8 +148,9 @@ def signal_now(fd: int) -> None:
     address = ctypes.addressof(record)
     struct.pack_into("I", record, _EVENTFD, fd)
     struct.pack_into("q", record, _LIST, address)
-    if _CONTEXT and _system_call(_IO_SUBMIT, _CONTEXT, 1, address + _LIST) == 1:
-        ring = (ctypes.c_uint32 * 4).from_address(_CONTEXT)
+    context = _ensure_context()
+    if context > 0 and _system_call(_IO_SUBMIT, context, 1, address + _LIST) == 1:
+        ring = (ctypes.c_uint32 * 4).from_address(context)
         ring[_HEAD // 4] = ring[_TAIL // 4]
     else:
         with suppress(BlockingIOError):

@@ -35,6 +35,7 @@ from .primitives import (
     packet_offset,
     packet_type,
     ring_at,
+    signal,
 )
 
 PACKET = np.dtype(
@@ -229,3 +230,9 @@ def mask(ring_address: int, masked: int) -> int:
     ring = ring_at(ring_address)
     in_mask(ring, masked)
     return 1 if in_ready(ring) else 0
+
+
+@step("void(i8)")
+def ring_doorbell(ring_address: int) -> None:
+    """Signal the other side, whether it needs to know or not."""
+    signal(ring_at(ring_address))

@@ -90,6 +90,11 @@ class _End:
             raise ClosedError(f"{self.name}: its memory is unmapped")
         return self._state.address
 
+    @property
+    def shown(self) -> int:
+        """This end's index, in bytes, as the other side is shown it."""
+        return self._state["shown"]
+
     def lead_to(self, doorbell: int) -> None:
         """Signal another eventfd from now on; -1: none. Kernels may be running on the ring."""
         self._state["doorbell"] = doorbell
@@ -182,7 +187,13 @@ class OutgoingRing(_End):
 
         Raises UsageError for a packet that can never pass, RingError when the reader broke a rule.
         """
-        packed = packet.pack()
+        return self.send_raw(packet.pack())
+
+    def send_raw(self, packed: bytes) -> bool:
+        """Send a packet that is laid out already, descriptor included: a multiple of 8 bytes. As `send_packet`.
+
+        What it says of itself is not looked at, so who wants to can send nonsense.
+        """
         if len(packed) + FOOTER >= self.size:
             limit = self.size - FOOTER - PACKET_ALIGNMENT
             raise UsageError(f"{self.name}: a packet of {len(packed)} bytes, this ring's limit is {limit} bytes")
@@ -191,6 +202,10 @@ class OutgoingRing(_End):
         sent = bursts.send_packet(self.address, staged.address, len(packed))
         self.check()
         return bool(sent)
+
+    def signal(self) -> None:
+        """Signal the other side, whether it needs to know or not."""
+        bursts.ring_doorbell(self.address)
 
     def send_burst(self, memory: Memory, table: Block, count: int | None = None) -> int:
         """Send `count` rows (all by default) of a Block of PACKET rows out of `memory`; how many there was room for.
@@ -219,6 +234,14 @@ class IncomingRing(_End):
         What is still held in place is given back, too. Raises RingError when the writer broke a rule, and
         ProtocolError for a packet whose lists do not add up: that one is skipped, and the ring goes on.
         """
+        raw = self.receive_raw()
+        return None if raw is None else parse_packet(raw)
+
+    def receive_raw(self) -> bytearray | None:
+        """The next packet as it is laid out, descriptor included, copied, its space given back; None when there is none.
+
+        Its descriptor is sound, its lists may not be. Raises RingError when the writer broke a rule.
+        """
         header = bursts.next_header(self.address)
         self.check()
         if header == 0:
@@ -226,7 +249,7 @@ class IncomingRing(_End):
         copy = bytearray(self.mapping.read(PAGE + self._state["index"], packet_length(header)))
         copy[:8] = header.to_bytes(8, "little")  # as checked; the writer may have changed it since
         bursts.finish(self.address, header)
-        return parse_packet(copy)
+        return copy
 
     def receive_burst(self, memory: Memory, table: Block, count: int | None = None) -> int:
         """Copy up to `count` packets (by default as many as the table, a Block of PACKET rows, has) into `memory`; how many.

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -32,12 +33,18 @@ class Command:
             inside, self._input = os.pipe()
             output, outside = os.pipe()
         self._streams = {output: "out", error: "err"}
+        self._before = termios.tcgetattr(inside) if terminal else None
         self.pid = os.fork()
         if self.pid == 0:
             self._become(arguments, inside, outside, theirs_err, terminal)
-        for fd in {inside, outside, theirs_err}:
+        self._terminal = inside if terminal else -1
+        for fd in {inside, outside, theirs_err} - {self._terminal}:
             os.close(fd)
         self._number = 0
+
+    @property
+    def terminal(self) -> str:
+        return "as before" if termios.tcgetattr(self._terminal) == self._before else "changed"
 
     @staticmethod
     def _become(arguments: tuple[str, ...], inside: int, outside: int, error: int, terminal: bool) -> None:
@@ -67,9 +74,9 @@ class Command:
     def until(self, what: bytes, where: str = "out") -> None:
         end = time.monotonic() + PATIENCE
         while what not in getattr(self, where):
-            if not self._streams or time.monotonic() > end:
+            if "err" not in self._streams.values() or time.monotonic() > end:
                 raise AssertionError(f"never {what!r}: {self.out[-1000:]!r} {self.err!r}")
-            self._take()
+            self._take(1)
 
     def ask(self, command: str) -> str:
         """What a command says in the guest's shell (tests/guest/shell.py)."""
@@ -82,27 +89,25 @@ class Command:
     def wait(self) -> int:
         """Its exit status, once it has ended and all that it said was read."""
         end = time.monotonic() + PATIENCE
-        while self._streams:
+        while "err" in self._streams.values():
             assert time.monotonic() < end, f"it does not end: {self.out[-1000:]!r} {self.err!r}"
-            self._take()
+            self._take(1)
+        while self._take(0):
+            pass
         _, status = os.waitpid(self.pid, 0)
-        if self._input >= 0:
-            os.close(self._input)
         return os.waitstatus_to_exitcode(status)
 
-    def _take(self) -> None:
-        for fd in select.select(list(self._streams), [], [], 1)[0]:
-            try:
-                data = os.read(fd, 1 << 16)
-            except OSError:  # a terminal that nobody has open any more
-                data = b""
+    def _take(self, seconds: float) -> bool:
+        """What is there to read now, or within this time. False when there is nothing."""
+        ready = select.select(list(self._streams), [], [], seconds)[0]
+        for fd in ready:
+            data = os.read(fd, 1 << 16)
             name = self._streams[fd]
             setattr(self, name, getattr(self, name) + data)
             if not data:
                 del self._streams[fd]
-                if fd == self._input:
-                    self._input = -1
                 os.close(fd)
+        return bool(ready)
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -142,6 +147,9 @@ def report_of(name: str) -> Any:
 
 def at_a_terminal(report: Callable[[Any], None], kernel: str, image: str) -> dict[str, Any]:
     """A person's guest: seen by `status`, changed by `control`, ended by the escape key."""
+    if not os.path.ismount("/dev/pts"):
+        os.makedirs("/dev/pts", exist_ok=True)
+        subprocess.run(["mount", "-t", "devpts", "devpts", "/dev/pts"], check=True)
     guest = Guests(kernel, image).ready("--nic", "none,mac=00:15:5d:00:00:07", "--name", "person", terminal=True)
     assert b"Ctrl-A x ends the machine" in guest.err
     report("ready")
@@ -175,6 +183,7 @@ def at_a_terminal(report: Callable[[Any], None], kernel: str, image: str) -> dic
     guest.type(CTRL_A + b"x")
     seen["ended"] = guest.wait()
     seen["said"] = guest.err.decode()
+    seen["terminal"] = guest.terminal
     return seen
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from guest.vm import Images, Inner, held, inner, take
+
 from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.wire.vmbus import SUPPORTED_VERSIONS
-
-from guest.vm import Images, Inner, held, inner, take
 
 Report = Callable[[Any], None]
 
@@ -30,7 +30,9 @@ LEAST_PACKET = 24
 class Cards:
     """The steps, in their order. Two cards on one switch, each with a subnet of its own and a namespace in it."""
 
-    def __init__(self, host: EmbeddedHost, outside: Namespace, other: Namespace, guest: Inner, first: Netvsp, second: Netvsp) -> None:
+    def __init__(
+        self, host: EmbeddedHost, outside: Namespace, other: Namespace, guest: Inner, first: Netvsp, second: Netvsp
+    ) -> None:
         self.host, self.outside, self.other, self.guest, self.first, self.second = host, outside, other, guest, first, second
         self.shell = guest.shell
         self.eth = ""

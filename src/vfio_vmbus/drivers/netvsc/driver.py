@@ -80,6 +80,7 @@ class Netvsc:
         self._mtu = mtu
         self._filter = packet_filter
         self._closed = False
+        self._version = nvsp.VERSION_1  # until another one is agreed on
         self._channel = device.open(ring_pages)
         self._shared: list[SharedBuffer | DmaBuffer] = []
         self.queues = [Queue(self._channel, burst)]
@@ -90,6 +91,7 @@ class Netvsc:
             self._receive_sections = self._share_receive_buffer(receive_buffer)
             self._section = self._share_send_buffer(send_buffer)
             self._initialise()
+            self._check_mtu()
             self.mac = self.query(oid.OID_802_3_CURRENT_ADDRESS, 6)
             self.link = self._query32(oid.OID_GEN_MEDIA_CONNECT_STATUS) == oid.MEDIA_STATE_CONNECTED
             self._speed = self._query32(oid.OID_GEN_LINK_SPEED) * 100
@@ -253,6 +255,15 @@ class Netvsc:
             raise ProtocolError(f"RNDIS messages aligned to 1 << {answer.alignment_shift} bytes, limit 1 << 12")
         self._max_messages = min(max(answer.max_packets_per_message, 1), 64)
         self.queue.set_limits(self._max_messages, 1 << answer.alignment_shift)
+
+    def _check_mtu(self) -> None:
+        """The host was told ours before it could say the most that it takes (NVSP has no answer to it)."""
+        try:
+            most = self._query32(oid.OID_GEN_MAXIMUM_FRAME_SIZE)
+        except RefusedError:
+            return  # it does not say
+        if most < self._mtu:
+            raise RefusedError(f"MTU {self._mtu}: this card takes {most} bytes at most")
 
     def _enable_checksums(self) -> bool:
         """Let the host compute and check checksums, if it can."""

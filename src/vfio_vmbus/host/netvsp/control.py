@@ -25,6 +25,8 @@ from .state import MAX_MESSAGES
 
 MAX_TRANSACTION = (1 << 63) - 1
 MAX_CONTROL = 4096
+MAX_WISH = 65535
+"""Bytes of the longest frame that a guest may ask for; Linux lets an MTU of 65521 be set."""
 """Bytes of a control transfer."""
 MAX_WAITING = 16
 """Answers that may wait for room while more packets are taken."""
@@ -154,9 +156,11 @@ class Control:
         return nvsp.InitComplete(negotiated_version=self.version, max_mdl_chain_length=34, status=nvsp.STATUS_SUCCESS)
 
     def _on_config(self, message: nvsp.SendNdisConfig) -> None:
-        if not 14 + 68 <= message.mtu <= self._max_frame:
-            raise ProtocolError(f"netvsp: frames of {message.mtu} bytes; this card takes {14 + 68} to {self._max_frame}")
-        self._frame = message.mtu
+        """The guest's wish. Where that is more than the card takes it stands, as Linux asks for the card's maximum only later (an object),
+        and is content with that then (rndis_filter_device_add)."""
+        if not 14 + 68 <= message.mtu <= MAX_WISH:
+            raise ProtocolError(f"netvsp: frames of {message.mtu} bytes; 82 to {MAX_WISH} can be asked for")
+        self._frame = min(message.mtu, self._max_frame)
 
     def _on_receive_buffer(self, message: nvsp.SendReceiveBuffer) -> nvsp.NvspMessage:
         gpadl = self.context.gpadl(message.gpadl)
