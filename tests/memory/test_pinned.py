@@ -61,7 +61,7 @@ def makes_huge_pages() -> bool:
 def test_a_buffer_is_in_one_piece_where_huge_pages_are_to_be_had(pages: int) -> None:
     if not makes_huge_pages():
         pytest.skip("this kernel makes no huge pages of small ones, and none are reserved")
-    with PhysicalBuffer(pages * PAGE, READ | WRITE, "piece") as buffer:
+    with PhysicalBuffer(pages * PAGE, READ | WRITE, "piece", whole=True) as buffer:
         assert (buffer.size, len(buffer.pfns)) == (pages * PAGE, pages)
         assert buffer.iova == buffer.pfns[0] * PAGE
         with buffer.memory.map(0, PAGE, wrap_from=0) as again:  # as rings are
@@ -75,7 +75,7 @@ def test_a_buffer_is_in_one_piece_where_huge_pages_are_to_be_had(pages: int) -> 
 def test_scattered_frames_have_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = pinned._frames
     monkeypatch.setattr(pinned, "_frames", lambda mapping: tuple(2 * frame for frame in frames(mapping)))
-    with PhysicalBuffer(2 * PAGE, READ, "scattered") as buffer:
+    with PhysicalBuffer(2 * PAGE, READ, "scattered", whole=True) as buffer:
         assert len(buffer.pfns) == 2
         with pytest.raises(DmaError, match="huge pages"):
             _ = buffer.iova
@@ -86,7 +86,7 @@ def test_buffers_for_a_device_that_nothing_confines() -> None:
     space = PhysicalSpace()
     with nothing_left(objects=False):
         one, two = space.buffer(1, READ), space.buffer(2 * PAGE, READ | WRITE)
-        assert (one.size, two.size) == (PAGE, 2 * PAGE)
+        assert (one.size, two.size, two.memory.size) == (PAGE, 2 * PAGE, 2 * PAGE)
         assert not set(one.pfns) & set(two.pfns)
         one.close()
         space.close()

@@ -198,7 +198,7 @@ class VmbusConnection:
         self._interrupt = eventfd.make()
         clean_up(os.close, self._interrupt)
         clean_up(quietly, self.space.close)
-        buffer = self.space.buffer(2 * _ADMIN_PAGES * PAGE, READ | WRITE, "admin-ring")
+        buffer = self.space.buffer(2 * _ADMIN_PAGES * PAGE, READ | WRITE, "admin-ring", whole=True)
         pair = RingPair.fresh(buffer.memory, 0, _ADMIN_PAGES * PAGE, buffer.size, self.doorbell(0), "admin ring")
         clean_up(pair.close)
         if self._own_vectors:

@@ -102,8 +102,8 @@ class DmaSpace:
         self._windows = _windows(iova_ranges)
         self._buffers: dict[int, MappedBuffer] = {}
 
-    def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
-        """A zeroed buffer of `size` bytes (rounded up to pages).
+    def buffer(self, size: int, access: int, name: str = "dma", *, whole: bool = True) -> DmaBuffer:
+        """A zeroed buffer of `size` bytes (rounded up to pages). whole: in one piece, as all are here.
 
         Raises UsageError for a size that is not positive, DmaError when no IOVAs are left or the device refuses.
         """

@@ -13,17 +13,17 @@ from .dma import DmaBuffer, DmaSpace, Mapper
 
 
 class PhysicalBuffer(DmaBuffer):
-    """`size` bytes (rounded up to pages) of pinned memory; `pfns` are physical page frames. `memory` and `mapping` may be longer: where
-    small pages are scattered, what fits into huge ones takes whole ones.
+    """`size` bytes (rounded up to pages) of pinned memory; `pfns` are physical page frames. whole: they are to be neighbours; where small
+    pages are scattered, whole huge ones are taken, if they are to be had, and `memory` and `mapping` are longer.
 
     Nothing keeps the device within it: `access` is a wish. Raises DmaError as PinnedMemory does.
     """
 
-    def __init__(self, size: int, access: int, name: str) -> None:
+    def __init__(self, size: int, access: int, name: str, *, whole: bool = False) -> None:
         self.size = -(-size // PAGE) * PAGE
         self.access = access
         self.closed = False
-        self._pinned = _in_one_piece(self.size, name)
+        self._pinned = _in_one_piece(self.size, name) if whole else PinnedMemory(self.size, name)
         self.memory = self._pinned.memory
         self.mapping = self._pinned.mapping
 
@@ -58,9 +58,12 @@ class PhysicalSpace:
     def __init__(self) -> None:
         self._buffers: list[PhysicalBuffer] = []
 
-    def buffer(self, size: int, access: int, name: str = "dma") -> DmaBuffer:
-        """A zeroed buffer of `size` bytes (rounded up to pages). Raises UsageError for a size that is not positive, DmaError."""
-        made = PhysicalBuffer(size, access, name)
+    def buffer(self, size: int, access: int, name: str = "dma", *, whole: bool = False) -> DmaBuffer:
+        """A zeroed buffer of `size` bytes (rounded up to pages), with an `iova`, if that is to be had, where it is `whole`.
+
+        Raises UsageError for a size that is not positive, DmaError.
+        """
+        made = PhysicalBuffer(size, access, name, whole=whole)
         self._buffers = [other for other in self._buffers if not other.closed]
         self._buffers.append(made)
         return made
