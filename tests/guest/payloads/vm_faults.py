@@ -52,7 +52,7 @@ class World:
 
     def ping(self, count: int) -> int:
         """How many of so many echoes from the guest come back to it. Quietly: a line on the serial port costs more than an echo."""
-        said = self.guest.shell.run(f"ping -q -c {count} -i 0.02 -W 3 {OUTSIDE} || true", 120)
+        said = self.guest.shell.run(f"ping -q -c {count} -i 0.1 -W 10 {OUTSIDE} || true", 120)
         found = re.search(r"(\d+) packets received", said)
         return int(found[1]) if found else 0
 
