@@ -108,7 +108,7 @@ def test_memory_that_the_host_may_not_write_is_not_taken():
         wait_packet(channel)
         assert channel.outgoing.send(response(span(own[0], 8)))
         _wait(lambda: connection.errors)
-        assert connection.function.domain.fault_count == 1
+        assert connection.domain.fault_count == 1
 
 
 def test_other_packets_end_the_channels_use():

@@ -54,7 +54,7 @@ def test_memory_that_is_given_goes_back_to_the_machine():
 
 
 def _maps(pair):
-    return pair.host.connection_of(pair.vsp).function.domain.maps
+    return pair.host.connection_of(pair.vsp).domain.maps
 
 
 def test_no_more_than_the_limit_is_given():

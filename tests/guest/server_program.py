@@ -55,7 +55,7 @@ def _status(host: EmbeddedHost, card: Netvsp) -> dict[str, Any]:
         connection = host.connection_of(card)
     except UsageError:
         return {"client": False}
-    domain = connection.function.domain
+    domain = connection.domain
     return {
         "client": True,
         "maps": [(entry.iova, entry.size, entry.access, bool(entry.address)) for entry in domain.maps],
