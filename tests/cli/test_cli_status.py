@@ -7,23 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.test_cli import one_line, run
-from tests.cli.test_cli_serve import line, rest, serving
+from tests.cli.commands import one_line, run, started
+from tests.cli.test_cli_serve import line, rest
 from tests.control.test_exposition import read
 from vfio_vmbus.bus.machine import Machine
-
-
-@pytest.fixture(autouse=True)
-def _runtime_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where others than root have their sockets."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
 
 def can_be_seen() -> bool:
@@ -35,18 +28,7 @@ def can_be_seen() -> bool:
     return os.access(folder, os.W_OK)
 
 
-pytestmark = pytest.mark.skipif(os.geteuid() == 0 and not can_be_seen(), reason="/run cannot be written here")
-
-
-@contextmanager
-def driving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "vfio_vmbus", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+pytestmark = pytest.mark.skipif(not can_be_seen(), reason=f"{Machine().state_folder()} cannot be written here")
 
 
 def asked(*arguments: str) -> dict[str, Any]:
@@ -66,11 +48,11 @@ def until(condition: Callable[[dict[str, Any]], bool], name: str) -> dict[str, A
 
 def test_a_server_and_its_client(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--port", "generator", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--port", "generator", "--name", name) as server:
         assert line(server).startswith("serving")
         found = asked(name)["processes"][0]
         assert (found["kind"], found["pid"], found["clients"], found["unsafe"]) == ("serve", server.pid, [], [])
-        with driving("net", "fwd", "--device", f"unix:{tmp_path}/a") as driver:
+        with started("net", "fwd", "--device", f"unix:{tmp_path}/a") as driver:
             busy = until(lambda one: one["clients"] and one["devices"][0]["counters"]["sent_frames"] > 0, name)
             (client,) = busy["clients"]
             assert client["name"] == f"{tmp_path}/a, process {driver.pid}"
@@ -93,9 +75,9 @@ def test_a_server_and_its_client(tmp_path: Path) -> None:
 
 def test_orders_to_a_server(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--name", name) as server:
         line(server)
-        with driving("net", "fwd", "--device", f"unix:{tmp_path}/a"):
+        with started("net", "fwd", "--device", f"unix:{tmp_path}/a"):
             until(lambda one: one["clients"] and one["clients"][0]["channels"], name)
             assert run("control", name, "link", "nic0", "down").stdout == "nic0: link down\n"
             assert asked(name)["processes"][0]["devices"][0]["link"] is False
@@ -120,7 +102,7 @@ def test_orders_to_a_server(tmp_path: Path) -> None:
 
 
 def test_a_driver_on_a_host_of_its_own_takes_orders() -> None:
-    with driving("net", "fwd", "--port", "generator") as driver:
+    with started("net", "fwd", "--port", "generator") as driver:
         until(lambda one: bool(one["ports"]), f"fwd-{driver.pid}")
         done = run("control", f"fwd-{driver.pid}", "link", "nic0", "down")
         assert (done.stdout, done.stderr) == ("nic0: link down\n", "")
@@ -128,7 +110,7 @@ def test_a_driver_on_a_host_of_its_own_takes_orders() -> None:
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
-    with serving("--listen", tmp_path / "a", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "a", "--name", name) as server:
         line(server)
         done = run("serve", "--listen", tmp_path / "b", "--name", name)
         assert done.returncode == 2
@@ -137,7 +119,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
         server.kill()
         server.wait(60)
     assert name not in run("status").stdout  # whose socket it left behind
-    with serving("--listen", tmp_path / "b", "--name", name) as server:
+    with started("serve", "--listen", tmp_path / "b", "--name", name) as server:
         assert line(server).startswith("serving")
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cli.test_cli import one_line, run
+from tests.cli.commands import one_line, run
 from vfio_vmbus.cli.vm import Card, parse_nic, parse_size, parse_version
 from vfio_vmbus.errors import UsageError
 

@@ -83,6 +83,7 @@ def vm(
     with ExitStack() as stack:
         output = stack.enter_context(_output(console))
         with progress("starting (the first start compiles the data path, some seconds)"):
+            _check(kernel)
             from ..control.hosting import HostSubject
             from ..host.embedded import EmbeddedHost
             from ..vm.hyperv import Hyperv
@@ -116,10 +117,23 @@ def vm(
     return _tell(ended, hyperv, wanted=bool(cards))
 
 
+def _check(kernel: Path) -> None:
+    """The common mistakes, before anything is made that takes seconds. Raises UnavailableError, UsageError."""
+    from ..vm.boot import parse
+    from ..vm.kvm import Kvm
+
+    Kvm().close()
+    try:
+        parse(kernel.read_bytes())
+    except OSError as error:
+        raise UnavailableError(f"the kernel {kernel} cannot be read: {error.strerror}") from None
+
+
 def _run(machine: Machine, output: GuestOutput, timeout: float | None) -> Ended:
     """From the first instruction to the last word on the console."""
     output.on_failure = machine.stop
-    machine.start()
+    if machine.ended is None:  # else somebody was faster
+        machine.start()
     ended = machine.wait(timeout)
     output.close(_HURRY if ended.reason == "stopped" else _PATIENCE)
     return ended

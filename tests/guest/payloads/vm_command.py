@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 READY = b"\x02ready"
 PATIENCE = 300.0
 CTRL_A = b"\x01"
+_PDEATHSIG = 1
 
 
 class Command:
@@ -51,6 +53,7 @@ class Command:
         status = 99
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)  # what fails here leaves no guest behind
             for fd, number in ((inside, 0), (outside, 1), (error, 2)):
                 os.dup2(fd, number)
             os.closerange(3, 1024)
