@@ -110,6 +110,8 @@ class Guest:
     """More of the agent's environment."""
     modules: Sequence[str] = MODULES
     """The kernel's modules that the guest loads."""
+    speed: Sequence[str] = ("-accel", "tcg,thread=multi")
+    """QEMU's options for how it emulates."""
     processor = "max"
     """QEMU's name for its CPU."""
     board: Sequence[str] = ("-device", "intel-iommu,caching-mode=on")
@@ -233,7 +235,7 @@ class Guest:
         files = self._folder / "share"
         return [
             *self._tools.qemu,
-            *("-accel", "tcg,thread=multi", "-cpu", self.processor, "-smp", str(self._cpus), "-m", self._memory),
+            *(*self.speed, "-cpu", self.processor, "-smp", str(self._cpus), "-m", self._memory),
             *("-object", f"memory-backend-memfd,id=ram,size={self._memory},share=on", "-machine", "q35,memory-backend=ram"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{self._folder / 'console.log'}"),
             *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio"), "-append", f"{words} {self.words}"),
