@@ -9,7 +9,7 @@ import pytest
 
 from tests.host.raw_client import eventually
 from tests.host.raw_nic import RawNic
-from tests.vm.synic_guest import EVENTS, MONITOR_PAGES, SynicGuest
+from tests.vm.synic_guest import EVENTS, INPUT, MONITOR_PAGES, SynicGuest
 from vfio_vmbus.errors import ProtocolError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.mapping import PAGE
@@ -375,3 +375,39 @@ def test_bits_of_channels_that_are_not_open_are_dropped(guest: SynicGuest) -> No
     guest.say(wire.Unload())
     guest.hear(wire.UnloadResponse)
     assert guest.hyperv.connection.monitor is None
+
+
+def test_nothing_of_a_guests_memory_is_written_once_it_has_unloaded(
+    host: EmbeddedHost, guest: SynicGuest, other: SynicGuest
+) -> None:
+    """As rmmod hv_vmbus frees it all: rings, buffers, monitor pages, and the SynIC's pages when they are switched off."""
+    guest.connect()
+    nic, peer = RawNic(guest), RawNic(other)
+    for each in (nic, peer):
+        each.open().handshake()
+        each.listen()
+    send(nic, frame(1))
+    peer.frames(1)
+    guest.say(wire.Unload())
+    guest.hear(wire.UnloadResponse)
+    for relid in (1, 2):
+        guest.say(wire.RelidReleased(child_relid=relid))
+    for vp in (0, 1):
+        guest.disable(vp)
+    size = guest.ram.size - PAGE
+    guest.ram.write(INPUT + PAGE, b"\xa5" * (1 << 20))
+    for number in (0, 1):
+        offset, bits = pending_bit(number)
+        guest.ram.write(MONITOR_PAGES[1] + offset, bits.to_bytes(4, "little"))  # the page is another's now
+    before = guest.ram.read(0, size)
+    for tag in range(5):
+        send(peer, frame(tag))
+    host.set_link(host.nics["nic"], False)
+    host.set_link(host.nics["nic"], True)
+    guest.hyperv.offer(host.nics["second"])
+    guest.hyperv.rescind(host.nics["second"])
+    other.ping()
+    assert guest.ram.read(0, size) == before
+    nic.close()
+    peer.close_channel()
+    peer.close()
