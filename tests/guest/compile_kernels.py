@@ -33,6 +33,7 @@ def main() -> None:
             nic.queue.rx_burst(32)
             nic.queue.send([PEER + nic.mac + b"\x88\xb5" + bytes(46)])
             nic.counters()
+            nic.queue.channel.outgoing.signal()
             with TapBridge(nic, Pipe(ours.fileno())) as bridge:
                 theirs.send(PEER + nic.mac + b"\x88\xb5" + bytes(46))
                 theirs.recv(2048)

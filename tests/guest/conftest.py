@@ -13,6 +13,7 @@ from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
 from vfio_vmbus.errors import UnavailableError
 
 from .kernels import compiled
+from .kvm import KvmGuest
 from .nested import HyperVGuest
 from .packages import CACHE, Tools, tools
 from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
@@ -75,5 +76,16 @@ def hyperv(programs: Tools) -> Iterator[HyperVGuest]:
     a taint) stays.
     """
     with tempfile.TemporaryDirectory(prefix="rig-") as folder, HyperVGuest(programs, Path(folder)) as guest:
+        print(guest.hello)
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def kvm(programs: Tools) -> Iterator[KvmGuest]:
+    """A guest that has booted, with a /dev/kvm of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rig-") as folder,
+        KvmGuest(programs, Path(folder), compiled(CACHE / "kernels")) as guest,
+    ):
         print(guest.hello)
         yield guest

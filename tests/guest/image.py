@@ -29,6 +29,7 @@ _INIT = """\
 /bin/busybox mount -t devtmpfs dev /dev
 for module in {modules}; do /bin/busybox insmod /modules/$module || echo "init: no module $module"; done
 /bin/busybox ip link set lo up
+echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled # virtual machines in here boot a third faster for it
 /bin/busybox mount -t virtiofs -o ro {share} /host || exec /bin/busybox poweroff -f
 /bin/busybox mkdir /dev/shm
 for place in proc sys dev; do /bin/busybox mount --bind /$place /host/$place; done

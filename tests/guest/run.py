@@ -110,6 +110,8 @@ class Guest:
     """More of the agent's environment."""
     modules: Sequence[str] = MODULES
     """The kernel's modules that the guest loads."""
+    speed: Sequence[str] = ("-accel", "tcg,thread=multi")
+    """QEMU's options for how it emulates."""
     processor = "max"
     """QEMU's name for its CPU."""
     board: Sequence[str] = ("-device", "intel-iommu,caching-mode=on")
@@ -193,7 +195,7 @@ class Guest:
     def _start(self, stack: ExitStack) -> None:
         environment = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT / 'tests'}",
+            "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}:{PROJECT / 'tests'}",
             "PYTHONUNBUFFERED": "1",
             "LANG": "C.UTF-8",
             "HOME": "/dev/shm",
@@ -233,7 +235,7 @@ class Guest:
         files = self._folder / "share"
         return [
             *self._tools.qemu,
-            *("-accel", "tcg,thread=multi", "-cpu", self.processor, "-smp", str(self._cpus), "-m", self._memory),
+            *(*self.speed, "-cpu", self.processor, "-smp", str(self._cpus), "-m", self._memory),
             *("-object", f"memory-backend-memfd,id=ram,size={self._memory},share=on", "-machine", "q35,memory-backend=ram"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{self._folder / 'console.log'}"),
             *("-kernel", str(self._tools.kernel), "-initrd", str(self._folder / "init.cpio"), "-append", f"{words} {self.words}"),

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from raw_client import RawClient, eventually
 
+from vfio_vmbus.errors import ProtocolError, RingError
 from vfio_vmbus.host.connection import Connection
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.faults.fate import Desk
@@ -90,9 +91,16 @@ class Talk:
 
     def listen(self) -> list[Packet]:
         """What came to the client so far."""
-        while (packet := self.pair.incoming.receive()) is not None:
+        while True:
+            try:
+                packet = self.pair.incoming.receive()
+            except RingError:
+                raise
+            except ProtocolError:
+                continue  # its lists do not add up
+            if packet is None:
+                return self.heard
             self.heard.append(packet)
-        return self.heard
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         eventually(lambda: self.listen() is None or condition(), what)

@@ -6,8 +6,10 @@ import pytest
 from faults_rig import Talk, chosen, connection, talk
 from raw_client import eventually
 
+from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.errors import RingError
-from vfio_vmbus.host.faults.plan import Flow
+from vfio_vmbus.host.embedded import EmbeddedHost
+from vfio_vmbus.host.faults.plan import FaultPlan, Flow
 from vfio_vmbus.ring.pair import RingPair
 from vfio_vmbus.ring.primitives import WRITE_INDEX
 from vfio_vmbus.testing.leaks import nothing_left
@@ -286,3 +288,27 @@ def test_a_guest_that_breaks_its_ring_loses_its_device_as_without_a_relay() -> N
         assert all(isinstance(error, RingError) for error in errors)
         assert "incoming ring: index outside" in str(errors[0])
         assert rig.device.context is None
+
+
+def test_the_same_for_a_client_that_gets_its_channel_opened(caplog: pytest.LogCaptureFixture) -> None:
+    with nothing_left(objects=False), EmbeddedHost(faults=FaultPlan.parse(["drop:packets:1:after=1000000"])) as host:
+        card = host.add_nic("card")
+        with open_device(host.attach(card, personality="vmbus")) as device:
+            end = host.connection_of(card)
+            channel = device.open(4)
+            channel.outgoing.mapping.write(WRITE_INDEX, b"\xff\xff\xff\xff")
+            channel.outgoing.signal()
+            eventually(lambda: end.error_count, "the host minds")
+            assert all(isinstance(error, RingError) for error in end.errors)
+            eventually(lambda: host.run(lambda: end.open_channels) == 0, "the channel is closed")
+    assert "defect" not in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lies_are_no_longer_than_the_ring(seed: int) -> None:
+    """A ring of one data page, and announcements of 600 ranges."""
+    with talk("hostile:ranges:1", "hostile:transactions:1", "hostile:nvsp:1", seed=seed, pages=4) as rig:
+        rig.tell(numbered(20))
+        rig.until(lambda: {packet.payload for packet in numbered(20)} <= {packet.payload for packet in rig.heard}, "the truth")
+        assert connection(rig).error_count == 0
+        assert all(count.hits == 20 for count in rig.host.fault_counts())

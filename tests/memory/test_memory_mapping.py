@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vfio_vmbus.errors import ClosedError, DmaError, UsageError
+from vfio_vmbus.memory import mapping as mappings
 from vfio_vmbus.memory.mapping import PAGE, Mapping, Piece, merge, window
 from vfio_vmbus.memory.registry import OutOfBounds, check
 from vfio_vmbus.memory.shared import SharedMemory, require_sealed, side_by_side
@@ -172,3 +173,21 @@ def test_what_the_kernel_refuses_leaves_nothing_behind(memory: SharedMemory) -> 
     finally:
         os.close(fd)
     assert maps() <= before
+
+
+def test_all_who_map_have_so_many_pieces_together(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is refused costs nothing, nor does one that the kernel refuses."""
+    before = mappings._pieces.count
+    monkeypatch.setattr(mappings, "MOST_PIECES", before + 4)
+    apart = [Piece(memory.fd, 2 * PAGE, PAGE), Piece(memory.fd, 0, PAGE), Piece(memory.fd, 3 * PAGE, PAGE)]
+    with side_by_side(apart), memory.map() as other:
+        with pytest.raises(DmaError, match=f"{before + 4} pieces of memory are mapped, 1 more exceed"):
+            side_by_side(apart[:1])
+        assert other.read(PAGE, 1) == b"\1"
+    for wrong in ([Piece(-1, 0, PAGE)], [Piece(memory.fd, 0, PAGE), Piece(-1, 0, PAGE)]):
+        with pytest.raises(OSError, match="mmap"):
+            Mapping(wrong)
+    assert mappings._pieces.count == before
+    with pytest.raises(DmaError, match="5 more exceed"):
+        side_by_side(apart, wrap_from=PAGE)  # two of them once more
+    assert mappings._pieces.count == before

@@ -170,7 +170,7 @@ def test_pages_where_there_is_no_memory_are_none(guest: SynicGuest, page: int) -
         eventually(lambda: guest.ram.read(64 * MIB - PAGE + SLOT, 4) != bytes(4), "an answer in the last page")
     else:
         eventually(lambda: len(waiting(guest)) == 1, "an answer waits")
-    guest.enable()
+    guest.hyperv.synic_changed(0, 1, EVENTS | 1, MESSAGES | 1)
     if page != 64 * MIB - 1:
         assert guest.hear(wire.VersionResponse).version_supported == 0
 
@@ -194,9 +194,22 @@ def test_what_waits_goes_to_the_page_where_it_has_moved(guest: SynicGuest) -> No
     guest.say(wire.RequestOffers())
     eventually(lambda: guest.slot()[0].flags & 1, "the second message is waited for")
     moved = MESSAGES + 8 * PAGE
-    guest.enable(messages=moved)
+    guest.hyperv.synic_changed(0, 1, EVENTS | 1, moved | 1)
     eventually(lambda: guest.ram.read(moved + SLOT, 4) != bytes(4), "the second message is in the new page")
     assert isinstance(wire.parse_message(guest.ram.read(moved + SLOT + 16, 8)), wire.AllOffersDelivered)
+
+
+def test_what_waits_for_a_kernel_is_not_its_successors(guest: SynicGuest) -> None:
+    guest.enable()
+    assert guest.contact().version_supported == 1
+    guest.say(wire.RequestOffers())
+    eventually(lambda: guest.slot()[0].flags & 1, "the second message is waited for")
+    guest.disable()
+    assert len(waiting(guest)) == 0
+    guest.ram.write(MESSAGES, bytes(PAGE))
+    guest.enable()
+    assert guest.slot()[0].message_type == 0
+    guest.connect().ping()
 
 
 def test_a_guest_that_takes_nothing_is_not_listened_to_any_more(host: EmbeddedHost, guest: SynicGuest) -> None:

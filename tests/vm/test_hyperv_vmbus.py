@@ -9,7 +9,7 @@ import pytest
 
 from tests.host.raw_client import eventually
 from tests.host.raw_nic import RawNic
-from tests.vm.synic_guest import EVENTS, MONITOR_PAGES, SynicGuest
+from tests.vm.synic_guest import EVENTS, INPUT, MONITOR_PAGES, SynicGuest
 from vfio_vmbus.errors import ProtocolError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.mapping import PAGE
@@ -341,6 +341,21 @@ def test_a_monitor_page_that_is_nowhere(guest: SynicGuest, page: int) -> None:
     guest.connect().ping()
 
 
+@pytest.mark.parametrize("what", ["monitor page", "rings"])
+def test_memory_in_use_is_left_before_it_is_unmapped(host: EmbeddedHost, guest: SynicGuest, what: str) -> None:
+    """The one map of all its memory goes: what the host's kernels look at must have ended before."""
+    guest.connect()
+    connection = guest.hyperv.connection
+    with guest.memory(8) as rings:
+        if what == "rings":
+            assert guest.open(guest.share(rings.pfns).gpadl, 4) == 0
+        host.run(lambda: connection.domain.unmap(0, guest.ram.size))
+        assert connection.failed
+        assert connection.monitor is None
+        assert connection.open_channels == 0
+        assert ("GPADL" if what == "rings" else "the monitor page") in str(connection.errors[-1])
+
+
 def test_a_guest_without_monitor_pages_is_not_watched(guest: SynicGuest) -> None:
     guest.enable()
     assert guest.contact(monitor_page1=0, monitor_page2=0).connection_state == wire.CONNECTION_SUCCESSFUL
@@ -360,3 +375,39 @@ def test_bits_of_channels_that_are_not_open_are_dropped(guest: SynicGuest) -> No
     guest.say(wire.Unload())
     guest.hear(wire.UnloadResponse)
     assert guest.hyperv.connection.monitor is None
+
+
+def test_nothing_of_a_guests_memory_is_written_once_it_has_unloaded(
+    host: EmbeddedHost, guest: SynicGuest, other: SynicGuest
+) -> None:
+    """As rmmod hv_vmbus frees it all: rings, buffers, monitor pages, and the SynIC's pages when they are switched off."""
+    guest.connect()
+    nic, peer = RawNic(guest), RawNic(other)
+    for each in (nic, peer):
+        each.open().handshake()
+        each.listen()
+    send(nic, frame(1))
+    peer.frames(1)
+    guest.say(wire.Unload())
+    guest.hear(wire.UnloadResponse)
+    for relid in (1, 2):
+        guest.say(wire.RelidReleased(child_relid=relid))
+    for vp in (0, 1):
+        guest.disable(vp)
+    size = guest.ram.size - PAGE
+    guest.ram.write(INPUT + PAGE, b"\xa5" * (1 << 20))
+    for number in (0, 1):
+        offset, bits = pending_bit(number)
+        guest.ram.write(MONITOR_PAGES[1] + offset, bits.to_bytes(4, "little"))  # the page is another's now
+    before = guest.ram.read(0, size)
+    for tag in range(5):
+        send(peer, frame(tag))
+    host.set_link(host.nics["nic"], False)
+    host.set_link(host.nics["nic"], True)
+    guest.hyperv.offer(host.nics["second"])
+    guest.hyperv.rescind(host.nics["second"])
+    other.ping()
+    assert guest.ram.read(0, size) == before
+    nic.close()
+    peer.close_channel()
+    peer.close()

@@ -22,10 +22,8 @@ STRUCTS: dict[type[Struct], tuple[str, str]] = {
     kvm.UserMemoryRegion: ("kvm_userspace_memory_region", ""),
     kvm.IrqLevel: ("kvm_irq_level", ""),
     kvm.PitConfig: ("kvm_pit_config", ""),
-    kvm.Msi: ("kvm_msi", ""),
     kvm.Irqfd: ("kvm_irqfd", ""),
     kvm.IrqchipRoute: ("kvm_irq_routing_irqchip", ""),
-    kvm.MsiRoute: ("kvm_irq_routing_msi", ""),
     kvm.SintRoute: ("kvm_irq_routing_hv_sint", ""),
     kvm.IrqRoute: ("kvm_irq_routing_entry", "where=u"),
     kvm.IrqRouting: ("kvm_irq_routing", "count=nr routes=-"),
@@ -48,8 +46,6 @@ WITHOUT_A_SIZE = (kvm.SignalMask,)
 
 # The kernel's names where they are not KVM_ and ours.
 NUMBERS = {
-    "MEM_READONLY": "KVM_MEM_READONLY",
-    "IRQFD_DEASSIGN": "KVM_IRQFD_FLAG_DEASSIGN",
     "IRQFD_RESAMPLE": "KVM_IRQFD_FLAG_RESAMPLE",
     "IO_OUT": "KVM_EXIT_IO_OUT",
     "HYPERV_SYNIC": "KVM_EXIT_HYPERV_SYNIC",
@@ -57,7 +53,6 @@ NUMBERS = {
     "MSR_FILTER_MAX_BITMAP": "KVM_MSR_FILTER_MAX_BITMAP_SIZE",
     "CPUID_SIGNIFICANT_INDEX": "KVM_CPUID_FLAG_SIGNIFCANT_INDEX",
     "ROUTING_IRQCHIP": "KVM_IRQ_ROUTING_IRQCHIP",
-    "ROUTING_MSI": "KVM_IRQ_ROUTING_MSI",
     "ROUTING_HV_SINT": "KVM_IRQ_ROUTING_HV_SINT",
     "IOAPIC_PINS": "KVM_IOAPIC_NUM_PINS",
 }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEVICE_HELP = (
     "The card to drive: embedded[:NAME] (of a VMBus host inside this process), "
     "unix:PATH (of a vfio-user server), vfio:ADDRESS (a PCI device bound to vfio-pci), "
+    "uio-pci:ADDRESS (bound to uio_pci_generic or igb_uio: unsafe), "
     "vmbus:GUID or uioN (a VMBus card bound to uio_hv_generic: unsafe)."
 )
 PORT_HELP = (
@@ -36,7 +37,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Stop after so long.", min=0.001)]
 
 
-_WAYS = "take embedded[:NAME], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
+_WAYS = "take embedded[:NAME], unix:PATH, vfio:ADDRESS, uio-pci:ADDRESS, vmbus:GUID or uioN"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def is_embedded(device: str) -> bool:
     if is_uio(device):
         return False
     kind, separator, rest = device.partition(":")
-    if kind not in ("embedded", "unix", "vfio"):
+    if kind not in ("embedded", "unix", "vfio", "uio-pci"):
         raise UsageError(f"--device {device}: {_WAYS}")
     if kind == "embedded" and separator and not rest:
         raise UsageError(f"--device {device}: a name is missing; {_WAYS}")
@@ -105,7 +106,7 @@ def driven_card(
             attached: Device = host.attach(host.add_nic(_rest(device) or "nic0", mac, allow_spoofing=allow_spoofing))
             opened = stack.enter_context(open_device(attached, CLASS_NETWORK))
         else:
-            opened = stack.enter_context(open_device(elsewhere(device), CLASS_NETWORK))
+            opened = stack.enter_context(open_device(elsewhere(device, unsafe=unsafe), CLASS_NETWORK))
         accept = PACKET_TYPE_PROMISCUOUS if promiscuous else DEFAULT_FILTER
         nic = stack.enter_context(Netvsc(opened, mtu=mtu, packet_filter=accept))
         for text in ports or []:

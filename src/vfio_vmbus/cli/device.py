@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 SWITCH = "--enable-unsafe-noiommu-mode"
 ANY_DEVICE_HELP = (
     "embedded[:nic|:balloon] (of a VMBus host inside this process), unix:PATH (of a vfio-user server), vfio:ADDRESS "
-    "(a PCI device bound to vfio-pci), vmbus:GUID or uioN (a VMBus device bound to uio_hv_generic: unsafe)."
+    "(a PCI device bound to vfio-pci), uio-pci:ADDRESS (bound to uio_pci_generic or igb_uio: unsafe), "
+    "vmbus:GUID or uioN (a VMBus device bound to uio_hv_generic: unsafe)."
 )
 AnyDeviceArgument = Annotated[str, typer.Argument(help=ANY_DEVICE_HELP, metavar="DEVICE")]
 UnsafeOption = Annotated[
     bool,
     typer.Option(SWITCH, help="Allow a device that nothing keeps within this process's memory. Taints the kernel."),
 ]
-_WAYS = "take embedded[:nic|:balloon], unix:PATH, vfio:ADDRESS, vmbus:GUID or uioN"
+_WAYS = "take embedded[:nic|:balloon], unix:PATH, vfio:ADDRESS, uio-pci:ADDRESS, vmbus:GUID or uioN"
 
 
 def is_uio(text: str) -> bool:
@@ -53,7 +54,7 @@ def _opened(text: str, unsafe: bool, default: str) -> Iterator[VmbusDevice]:
         if is_uio(text):
             yield stack.enter_context(uio_device(text, unsafe=unsafe))
             return
-        if kind not in ("embedded", "unix", "vfio") or (separator and not rest) or (kind != "embedded" and not rest):
+        if kind not in ("embedded", "unix", "vfio", "uio-pci") or (separator and not rest) or (kind != "embedded" and not rest):
             raise UsageError(f"{text}: {_WAYS}")
         from ..channel.opening import open_device
 
@@ -67,16 +68,27 @@ def _opened(text: str, unsafe: bool, default: str) -> Iterator[VmbusDevice]:
             device: Vsp = host.add_nic() if which == "nic" else host.add_balloon()
             yield stack.enter_context(open_device(host.attach(device)))
         else:
-            yield stack.enter_context(open_device(elsewhere(text)))
+            yield stack.enter_context(open_device(elsewhere(text, unsafe=unsafe)))
 
 
-def elsewhere(text: str) -> Device:
-    """The device of unix:PATH, another process's, or of vfio:ADDRESS, the kernel's. Raises as UserDevice and KernelDevice."""
+def elsewhere(text: str, *, unsafe: bool) -> Device:
+    """The device of unix:PATH, another process's, or of vfio:ADDRESS or uio-pci:ADDRESS, the kernel's.
+
+    With the switch, vfio: is one without an IOMMU, and none that an IOMMU would keep in bounds. Raises as what implements it.
+    """
     kind, _, rest = text.partition(":")
     if kind == "unix":
         from ..vfio.user.client import UserDevice
 
         return UserDevice(rest)
+    if kind == "uio-pci":
+        from ..bus.uio_pci import UioPciDevice
+
+        return UioPciDevice(rest, unsafe=unsafe)
+    if unsafe:
+        from ..bus.noiommu import open_without_iommu
+
+        return open_without_iommu(rest, unsafe=True)
     from ..vfio.kernel import KernelDevice
 
     return KernelDevice(rest)

@@ -96,6 +96,7 @@ class Connection:
         self._monitored = monitored
         self.monitor: Monitor | None = None
         """While a monitored client is connected."""
+        self._monitor_page = 0
         self._max_pieces = max_pieces
         self._devices = list(devices)
         """What is offered whenever the client connects."""
@@ -154,9 +155,12 @@ class Connection:
     def revoke(self, iova: int, size: int) -> None:
         """The client takes memory away. What uses it ends first, as an IOMMU would fault it."""
         end = iova + size
-        for handle, gpadl in self._gpadls.items():
-            if any(start < end and iova < start + length for start, length in gpadl.runs):
-                self.fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while GPADL {handle:#x} used it"))
+        in_use = {f"GPADL {handle:#x}": gpadl.runs for handle, gpadl in self._gpadls.items()}
+        if self.monitor is not None:
+            in_use["the monitor page"] = [(self._monitor_page, PAGE)]
+        for what, runs in in_use.items():
+            if any(start < end and iova < start + length for start, length in runs):
+                self.fail(ProtocolError(f"[{iova:#x}, {end:#x}) was unmapped while {what} used it"))
                 return
 
     def reset(self) -> None:
@@ -280,6 +284,7 @@ class Connection:
             mapping = side_by_side(self.domain.pieces(page, PAGE, READ | WRITE))
         except (IsolationFault, DmaError) as error:
             raise ProtocolError(f"a monitor page at {page:#x}: {error}") from error
+        self._monitor_page = page
         self.monitor = Monitor(mapping, f"{self.name}-monitor")
 
     def _end_monitor(self) -> None:

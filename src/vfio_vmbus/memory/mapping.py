@@ -8,8 +8,10 @@ its pages into one range.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +41,31 @@ _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 0x3
 _FAILED = ctypes.c_void_p(-1).value
+
+MOST_PIECES = 60_000
+"""Mapped at once, by all who map: Linux gives a process 65530 mappings, and without one left it gets neither threads nor memory."""
+
+
+class _Pieces:
+    """How many there are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, more: int) -> None:
+        """Raises OSError for more than this process may have."""
+        with self._lock:
+            if self.count + more > MOST_PIECES:
+                raise OSError(errno.ENOMEM, f"{self.count} pieces of memory are mapped, {more} more exceed {MOST_PIECES}")
+            self.count += more
+
+    def remove(self, fewer: int) -> None:
+        with self._lock:
+            self.count -= fewer
+
+
+_pieces = _Pieces()
 
 
 @dataclass(frozen=True)
@@ -136,16 +163,24 @@ class Mapping:
         self.span = self.size + sum(piece.size for piece in again)
         self._reserved = self.span + mmap.PAGESIZE + align
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
+        parts = merge([*pieces, *again])
+        self._parts = len(parts)
+        _pieces.add(self._parts)
+        try:
+            self._base = _mmap(0, self._reserved, _PROT_NONE, private, -1, 0)
+        except OSError:
+            _pieces.remove(self._parts)
+            raise
         self.address = -(-(self._base + 1) // align) * align
         flags = mmap.MAP_SHARED | (_MAP_POPULATE if populate else 0)
         try:
             at = self.address
-            for piece in merge([*pieces, *again]):
+            for piece in parts:
                 _map_piece(at, piece, flags)
                 at += piece.size
         except OSError:
             _libc.munmap(self._base, self._reserved)
+            _pieces.remove(self._parts)
             raise
         register(self.address, self.span)
         self.closed = False
@@ -171,6 +206,7 @@ class Mapping:
             self.closed = True
             unregister(self.address)
             _libc.munmap(self._base, self._reserved)
+            _pieces.remove(self._parts)
 
     def __enter__(self) -> Mapping:
         return self

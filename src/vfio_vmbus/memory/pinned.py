@@ -42,10 +42,7 @@ class PinnedMemory:
         with ExitStack() as stack:
             self.memory, self.mapping = _allocate(size, name, stack)
             self.size = size
-            self.pinned = _pin(self.mapping, stack)
-            if not self.pinned:
-                _lock(self.mapping)
-            self.frames = _frames(self.mapping)
+            self.pinned, self.frames = hold(self.mapping, stack)
             self._resources = stack.pop_all()
 
     @property
@@ -57,6 +54,14 @@ class PinnedMemory:
     def close(self) -> None:
         """Let go of it."""
         self._resources.close()
+
+
+def hold(mapping: Mapping, stack: ExitStack) -> tuple[bool, tuple[int, ...]]:
+    """Keep memory where it is until `stack` is closed: is it pinned (or locked only), and its frames. Raises DmaError as PinnedMemory."""
+    pinned = _pin(mapping, stack)
+    if not pinned:
+        _lock(mapping)
+    return pinned, _frames(mapping)
 
 
 def _allocate(size: int, name: str, stack: ExitStack) -> tuple[SharedMemory, Mapping]:

@@ -1,7 +1,7 @@
 """What this machine's own CPU says about itself: is it one that QEMU emulates?
 
-There XSAVE does not survive nesting, so `Machine` hides it. A real CPU's virtualization has no such fault, nested or not, and its guests
-keep AVX.
+Guests that use XSAVE were seen to fail there, nested as they are (Linux boots with it in QEMU 11.1), so `Machine` hides it. A real CPU's
+virtualization has no such fault, nested or not, and its guests keep AVX.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 KVM does what it can: the MSRs (hypercall page, VP index, SynIC, clocks), SINT interrupts by irqfd, signals of channels by eventfd. Here
 arrive messages that the guest posts, signals that KVM knows no eventfd for, moves of a SynIC's pages, and the MSRs of a crash.
 Nothing is offered that is not there: no timers of the hypervisor's, no paravirtual TLB flush, no enlightened interrupts.
+
+The host may come when the guest runs already (`attach`), so that a kernel boots while Numba and the data plane still load: nothing of
+them is imported here before.
 """
 
 from __future__ import annotations
@@ -12,12 +15,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Final
+from threading import Lock
+from typing import TYPE_CHECKING, Final
 
-from ..errors import ClosedError, IsolationFault, LocalError, UnavailableError
-from ..host.connection import Connection
-from ..host.embedded import EmbeddedHost
-from ..host.vsp import Vsp
+from ..errors import ClosedError, IsolationFault, LocalError, UnavailableError, UsageError
 from ..vfio import eventfd
 from ..wire import hyperv
 from ..wire import kvm as uapi
@@ -27,8 +28,13 @@ from ..wire.kvm import CpuidEntry
 from .kvm import Vcpu, Vm
 from .memory import GuestMemory
 from .paravirt import Hypercall
-from .synic import Synic
-from .vmbus import SynicCarrier
+
+if TYPE_CHECKING:
+    from ..host.connection import Connection
+    from ..host.embedded import EmbeddedHost
+    from ..host.vsp import Vsp
+    from .synic import Synic
+    from .vmbus import SynicCarrier
 
 log = logging.getLogger("vfio_vmbus.vm")
 
@@ -60,7 +66,7 @@ MAX_PIECES: Final = 49152
 
 
 class Hyperv:
-    """The Hyper-V side of one machine: a `Paravirt`. `devices` of `host` are on its VMBus.
+    """The Hyper-V side of one machine: a `Paravirt`. `devices` of `host` are on its VMBus; without a host, those of `attach`.
 
     max_version, min_version: of VMBus, major << 16 | minor. monitored: offers say that the guest may signal in its monitor page, as
     Hyper-V's do; drivers in user space need that.
@@ -68,7 +74,7 @@ class Hyperv:
 
     def __init__(
         self,
-        host: EmbeddedHost,
+        host: EmbeddedHost | None = None,
         *devices: Vsp,
         name: str = "guest",
         max_version: int = wire.SUPPORTED_VERSIONS[0],
@@ -79,7 +85,13 @@ class Hyperv:
         self._host = host
         self._devices = devices
         self._options = {"max_version": max_version, "min_version": min_version, "monitored": monitored}
+        self._eventfds: list[tuple[int, int]] = []
+        """Of each processor: its interrupt, and that it was taken."""
         self._synics: list[Synic] = []
+        self._pages: dict[int, tuple[int, int, int]] = {}
+        """Of each processor's SynIC: control, event flags, messages."""
+        self._lock = Lock()
+        """For `_pages`, and what the carrier knows of them."""
         self._crash = [0] * hyperv.CRASH_PARAMETERS
         self._stack = ExitStack()
         self._connection: Connection | None = None
@@ -108,13 +120,42 @@ class Hyperv:
             raise LocalError(f"{self.name} has no machine yet")
         return self._connection
 
+    def attach(self, host: EmbeddedHost, *devices: Vsp) -> None:
+        """Put the guest's VMBus on a host, with these devices, once the machine is made; once. Until then the guest, if it asks, hears to
+        try again, as Linux does for more than two minutes (vmbus_post_msg in drivers/hv/connection.c).
+
+        Raises UsageError for devices that cannot be had.
+        """
+        from .synic import Synic  # this loads the data plane
+
+        if self._connection is not None:
+            raise UsageError(f"{self.name} has a host already")
+        if not self._eventfds:
+            raise UsageError(f"{self.name} has no machine yet")
+        with self._lock:
+            self._host = host
+            self._synics = [Synic(interrupt, taken) for interrupt, taken in self._eventfds]
+            try:
+                self._connection = host.connect(self._carry, *devices, max_pieces=MAX_PIECES, **self._options)
+            except LocalError:
+                self._host = self._carrier = None
+                raise
+            self._stack.callback(host.disconnect, self._connection)
+            for vp in self._pages:
+                self._place(vp)
+
     def offer(self, device: Vsp) -> None:
         """Plug a device in while the guest runs. Raises UsageError for one that somebody has."""
-        self._host.offer(self.connection, device)
+        self._attached().offer(self.connection, device)
 
     def rescind(self, device: Vsp) -> None:
         """Pull a device out while the guest runs. Raises UsageError when it has none such."""
-        self._host.rescind(device)
+        self._attached().rescind(device)
+
+    def _attached(self) -> EmbeddedHost:
+        if self._host is None:
+            raise UsageError(f"{self.name} has no host yet")
+        return self._host
 
     # While the machine is made.
 
@@ -126,10 +167,9 @@ class Hyperv:
         self._vm, self._memory, self._panic = vm, memory, panic
         vm.enable(uapi.CAP_X86_USER_SPACE_MSR, uapi.MSR_EXIT_REASON_FILTER)
         vm.filter_msrs([(hyperv.MSR_CRASH_P0, hyperv.MSR_CRASH_CTL + 1 - hyperv.MSR_CRASH_P0)])
-        for _ in range(cpus):
-            self._synics.append(Synic(self._eventfd(), self._eventfd()))
-        self._connection = self._host.connect(self._carry, *self._devices, max_pieces=MAX_PIECES, **self._options)
-        self._stack.callback(self._host.disconnect, self._connection)
+        self._eventfds = [(self._eventfd(), self._eventfd()) for _ in range(cpus)]
+        if self._host is not None:
+            self.attach(self._host, *self._devices)
 
     def _eventfd(self) -> int:
         fd = eventfd.make()
@@ -137,7 +177,9 @@ class Hyperv:
         return fd
 
     def _carry(self) -> SynicCarrier:
-        self._carrier = SynicCarrier(self.name, self._vm, self._memory, self._synics, self._host.switch.worker.paused)
+        from .vmbus import SynicCarrier
+
+        self._carrier = SynicCarrier(self.name, self._vm, self._memory, self._synics, self._attached().switch.worker.paused)
         return self._carrier
 
     def prepare_vcpu(self, vcpu: Vcpu) -> None:
@@ -146,8 +188,8 @@ class Hyperv:
         gsi = self._vm.add_route(
             uapi.ROUTING_HV_SINT, route
         )  # behind the SynIC: KVM takes no note of routes to one that is not there
-        synic = self._synics[vcpu.index]
-        self._vm.irqfd(synic.interrupt, gsi, resample=synic.taken)
+        interrupt, taken = self._eventfds[vcpu.index]
+        self._vm.irqfd(interrupt, gsi, resample=taken)
 
     def cpuid(self, supported: Sequence[CpuidEntry]) -> list[CpuidEntry]:
         """What is offered, of what KVM stands behind. Raises UnavailableError where that is too little for VMBus."""
@@ -186,11 +228,13 @@ class Hyperv:
         if isinstance(data, int):
             return data
         message = PostMessage.unpack(data)
-        if message.connection_id & hyperv.CONNECTION_ID_MASK not in _CONNECTIONS or self._carrier is None:
+        if message.connection_id & hyperv.CONNECTION_ID_MASK not in _CONNECTIONS:
             return hyperv.STATUS_INVALID_CONNECTION_ID
         if message.message_type != hyperv.MESSAGE_VMBUS or message.payload_size > hyperv.MAX_PAYLOAD:
             return hyperv.STATUS_INVALID_PARAMETER
         self._spoken = True
+        if self._carrier is None:
+            return hyperv.STATUS_INSUFFICIENT_BUFFERS
         return self._carrier.deliver(message.payload[: message.payload_size])
 
     def _signal(self, call: Hypercall) -> int:
@@ -217,11 +261,16 @@ class Hyperv:
 
     def synic_changed(self, vp: int, control: int, event_page: int, message_page: int) -> None:
         """Returns when nobody uses the pages that were there before."""
+        with self._lock:
+            self._pages[vp] = control, event_page, message_page
+            if self._carrier is not None:
+                self._place(vp)
+
+    def _place(self, vp: int) -> None:
         carrier = self._carrier
-        if carrier is None:
-            return
+        assert carrier is not None
         try:
-            self._host.run(lambda: carrier.synic_changed(vp, control, event_page, message_page))
+            self._attached().run(lambda: carrier.synic_changed(vp, *self._pages[vp]))
         except ClosedError:
             log.info("%s: its host has closed", self.name)
 

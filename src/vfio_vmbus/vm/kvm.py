@@ -35,8 +35,6 @@ _NEEDED: Final = {
     "IRQFD": uapi.CAP_IRQFD,
     "PIT2": uapi.CAP_PIT2,
     "SET_IDENTITY_MAP_ADDR": uapi.CAP_SET_IDENTITY_MAP_ADDR,
-    "SIGNAL_MSI": uapi.CAP_SIGNAL_MSI,
-    "READONLY_MEM": uapi.CAP_READONLY_MEM,
     "ENABLE_CAP_VM": uapi.CAP_ENABLE_CAP_VM,
 }
 """What no machine goes without; what its Hyper-V side needs, that side asks for (`Kvm.require`)."""
@@ -188,14 +186,10 @@ class Vm(_Descriptor):
         for pin in range(uapi.IOAPIC_PINS):
             self._routes[pin] = list(_legacy_routes(pin))
 
-    def set_memory(self, slot: int, gpa: int, size: int, address: int, *, readonly: bool = False) -> None:
-        """`size` bytes of this process at `address` are the guest's at `gpa`; size 0 takes the slot away.
-
-        readonly: what the guest writes there comes as an exit (MMIO).
-        """
+    def set_memory(self, slot: int, gpa: int, size: int, address: int) -> None:
+        """`size` bytes of this process at `address` are the guest's at `gpa`."""
         region = uapi.UserMemoryRegion(
             slot=slot,
-            flags=uapi.MEM_READONLY if readonly else 0,
             guest_phys_addr=gpa,
             memory_size=size,
             userspace_addr=address,
@@ -206,26 +200,14 @@ class Vm(_Descriptor):
         """Set an interrupt line of the PICs and the I/O APIC."""
         self._call("IRQ_LINE", uapi.IrqLevel(irq=gsi, level=int(level)))
 
-    def signal_msi(self, address: int, data: int) -> bool:
-        """Send a message-signalled interrupt; was it delivered (not: blocked by the guest)?"""
-        message = uapi.Msi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32, data=data)
-        return self._call("SIGNAL_MSI", message) > 0
-
     def add_route(self, kind: int, where: Struct) -> int:
-        """A new interrupt number for irqfds: `where` is an MsiRoute (kind ROUTING_MSI) or a SintRoute (ROUTING_HV_SINT)."""
+        """A new interrupt number for irqfds: `where` is what that kind of route has, a SintRoute for ROUTING_HV_SINT."""
         with self._lock:
             gsi = self._next_gsi
             self._next_gsi += 1
             self._routes[gsi] = [uapi.IrqRoute(gsi=gsi, type=kind, where=where.pack())]
             self._set_routes()
         return gsi
-
-    def remove_route(self, gsi: int) -> None:
-        """Forget an interrupt number; its irqfds are taken away before."""
-        with self._lock:
-            if self._routes.pop(gsi, None) is None:
-                raise UsageError(f"interrupt {gsi} has no route")
-            self._set_routes()
 
     def _set_routes(self) -> None:
         routes = tuple(route for some in self._routes.values() for route in some)
@@ -244,10 +226,6 @@ class Vm(_Descriptor):
             ),
             what=f"interrupt {gsi}",
         )
-
-    def remove_irqfd(self, fd: int, gsi: int) -> None:
-        """No more of it."""
-        self._call("IRQFD", uapi.Irqfd(fd=fd, gsi=gsi, flags=uapi.IRQFD_DEASSIGN), what=f"interrupt {gsi}")
 
     def hyperv_eventfd(self, connection_id: int, fd: int) -> None:
         """The guest's HvSignalEvent for this connection id signals eventfd `fd`."""
@@ -341,14 +319,6 @@ class Vcpu(_Descriptor):
         if count != 1:
             raise UsageError(f"KVM cannot read MSR {index:#x}")
         return got.entries[0].data
-
-    def set_msrs(self, values: Iterable[tuple[int, int]]) -> None:
-        """Store (number, value) pairs in turn. Raises UsageError for the first that this KVM refuses."""
-        entries = tuple(uapi.MsrEntry(index=index, data=value) for index, value in values)
-        done = self._call("SET_MSRS", uapi.Msrs(count=len(entries), entries=entries))
-        if done != len(entries):
-            refused = entries[done]
-            raise UsageError(f"KVM refuses {refused.data:#x} for MSR {refused.index:#x}")
 
     def close(self) -> None:
         """Unmap and close. The VM's resources stay while any vCPU is open."""

@@ -7,6 +7,7 @@ with Machine(kernel=Path("vmlinuz"), cmdline="console=ttyS0", console=output) as
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from .paravirt import Paravirt
 from .ports import Ports
 from .power import Power
 from .serial import Serial
+
+log = logging.getLogger("vfio_vmbus.vm")
 
 MEMORY: Final = 512 * MIB
 CMDLINE: Final = "console=ttyS0 panic=-1"
@@ -65,15 +68,17 @@ class Machine:
             self._stack = stack.pop_all()
 
     def start(self) -> None:
-        """Let it run. Once only."""
+        """Let it run. Once only. Raises UnavailableError where this process may have no more threads."""
         if self._threads or self._ended:
             raise UsageError("a machine starts once")
-        ready = threading.Barrier(len(self._vcpus) + 1)
         for vcpu in self._vcpus:
-            thread = threading.Thread(target=self._life, args=(vcpu, ready), name=f"vcpu-{vcpu.index}", daemon=True)
+            thread = threading.Thread(target=self._life, args=(vcpu,), name=f"vcpu-{vcpu.index}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._end(Ended("failed", f"vCPU {vcpu.index}: {error}"))
+                raise UnavailableError(f"no thread for vCPU {vcpu.index}: {error}") from error
             self._threads.append(thread)
-            thread.start()
-        ready.wait()
 
     def feed(self, data: bytes) -> None:
         """Input for the serial console, from any thread."""
@@ -176,8 +181,9 @@ class Machine:
         first.set_special_registers(boot.special_registers(first.special_registers()))
         first.set_registers(boot.registers(start.entry))
 
-    def _life(self, vcpu: Vcpu, ready: threading.Barrier) -> None:
-        """A vCPU's thread. It is kicked only while it is in `_running`, where it gets once it is ready for that."""
+    def _life(self, vcpu: Vcpu) -> None:
+        """A vCPU's thread. It is kicked only while it is in `_running`, where it gets once it is ready for that: if the machine has ended
+        before, the processor sees so; if it ends later, the kick waits for its next entry into the guest."""
         processor = Processor(vcpu, self._ports, self._paravirt, self._over.is_set, self._end, lambda: self._crash_text(vcpu))
         try:
             vcpu.adopt()
@@ -185,12 +191,14 @@ class Machine:
                 self._running[vcpu.index] = vcpu
         except LocalError as error:
             self._end(Ended("failed", str(error)))
-        ready.wait()
         processor.run()
         with self._lock:
             self._running.pop(vcpu.index, None)
-        if self._paravirt is not None:
-            self._paravirt.stopped(vcpu)
+        try:
+            if self._paravirt is not None:
+                self._paravirt.stopped(vcpu)
+        except LocalError as error:  # it is over already: nothing depends on it
+            log.info("vCPU %d: %s", vcpu.index, error)
 
     def _crash_text(self, vcpu: Vcpu) -> str:
         return (self._paravirt.crashed(vcpu) if self._paravirt is not None else "") or self._watch.text

@@ -54,6 +54,7 @@ class SynicCarrier:
         """Is the loop about to look into the inbox? Both are written by the guest's processors, too; deque is made for that."""
         self._outbox: deque[bytes] = deque()
         self._target = 0
+        self._on = [False] * len(synics)
         self._listening: int | None = None
         """The processor whose `taken` the loop looks at, while messages wait for it."""
         self._doorbells: dict[int, int] = {}
@@ -98,8 +99,9 @@ class SynicCarrier:
         What waits for a processor that switches its SynIC off is dropped: whoever switches it on again is another kernel.
         """
         on = bool(control & hyperv.ENABLED)
-        if not on and vp == self._target:
+        if vp == self._target and self._on[vp] and not on:
             self._outbox.clear()
+        self._on[vp] = on
         messages, events = (self._page(register) if on else 0 for register in (message_page, event_page))
         if self._synics[vp].place(messages, events):
             with self._paused():
@@ -134,6 +136,7 @@ class SynicCarrier:
 
     def begin(self, carried: Carried) -> None:
         self._carried = carried
+        self.domain.revoke = carried.revoke
 
     def contact(self, target: int) -> None:
         """Messages of a connection before this one are nobody's any more."""

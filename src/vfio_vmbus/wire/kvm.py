@@ -48,7 +48,6 @@ IRQ_LINE: Final = _iow(0x61, 8)
 SET_GSI_ROUTING: Final = _iow(0x6A, 8)
 IRQFD: Final = _iow(0x76, 32)
 CREATE_PIT2: Final = _iow(0x77, 64)
-SIGNAL_MSI: Final = _iow(0xA5, 32)
 HYPERV_EVENTFD: Final = _iow(0xBD, 24)
 X86_SET_MSR_FILTER: Final = _iow(0xC6, 392)
 
@@ -62,7 +61,6 @@ SET_REGS: Final = _iow(0x82, 144)
 GET_SREGS: Final = _ior(0x83, 312)
 SET_SREGS: Final = _iow(0x84, 312)
 GET_MSRS: Final = _iowr(0x88, 8)
-SET_MSRS: Final = _iow(0x89, 8)
 SET_SIGNAL_MASK: Final = _iow(0x8B, 4)
 SET_CPUID2: Final = _iow(0x90, 8)
 GET_SUPPORTED_HV_CPUID: Final = _iowr(0xC1, 8)
@@ -79,8 +77,6 @@ CAP_IRQFD: Final = 32
 CAP_PIT2: Final = 33
 CAP_SET_IDENTITY_MAP_ADDR: Final = 37
 CAP_MAX_VCPUS: Final = 66
-CAP_SIGNAL_MSI: Final = 77
-CAP_READONLY_MEM: Final = 81
 CAP_IRQFD_RESAMPLE: Final = 82
 CAP_ENABLE_CAP_VM: Final = 98
 CAP_HYPERV_SYNIC2: Final = 148
@@ -149,9 +145,6 @@ RUN_U64: Final = _struct.Struct("<Q")
 RUN_U32: Final = _struct.Struct("<I")
 
 # ---- flags
-MEM_READONLY: Final = 1 << 1
-
-IRQFD_DEASSIGN: Final = 1 << 0
 IRQFD_RESAMPLE: Final = 1 << 1
 
 HYPERV_EVENTFD_DEASSIGN: Final = 1 << 0
@@ -168,7 +161,6 @@ MSR_FILTER_MAX_BITMAP: Final = 0x600
 
 
 ROUTING_IRQCHIP: Final = 1
-ROUTING_MSI: Final = 2
 ROUTING_HV_SINT: Final = 4
 
 IRQCHIP_PIC_MASTER: Final = 0
@@ -209,18 +201,6 @@ class PitConfig(Struct):
 
 
 @struct(size=32)
-class Msi(Struct):
-    """A message-signalled interrupt, sent once."""
-
-    address_lo: U32 = 0
-    address_hi: U32 = 0
-    data: U32 = 0
-    flags: U32 = 0
-    devid: U32 = 0
-    pad: Annotated[bytes, Raw(12)] = bytes(12)
-
-
-@struct(size=32)
 class Irqfd(Struct):
     """Raises `gsi` when `fd` is signalled. With IRQFD_RESAMPLE `resamplefd` is signalled when the guest has acknowledged it."""
 
@@ -237,16 +217,6 @@ class IrqchipRoute(Struct):
 
     irqchip: U32 = 0
     pin: U32 = 0
-
-
-@struct(size=16)
-class MsiRoute(Struct):
-    """IrqRoute.where of ROUTING_MSI."""
-
-    address_lo: U32 = 0
-    address_hi: U32 = 0
-    data: U32 = 0
-    devid: U32 = 0
 
 
 @struct(size=8)

@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
+
+from guest.shell import Shell
 
 from vfio_vmbus.errors import UnavailableError, UsageError
 from vfio_vmbus.testing.leaks import nothing_left
 from vfio_vmbus.vm.cpu import Ended
 from vfio_vmbus.vm.machine import Machine
-
-from guest.shell import Shell
 
 Report = Callable[[Any], None]
 MIB = 1 << 20
@@ -195,8 +196,9 @@ def linux(
     """A bare Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to."""
     begun = time.monotonic()
     shell = Shell(lambda data: machine.feed(data), lambda: machine.ended)
-    with nothing_left():
-        with Machine(
+    with (
+        nothing_left(),
+        Machine(
             kernel=Path(kernel),
             initrd=Path(initrd),
             cmdline=words,
@@ -204,12 +206,84 @@ def linux(
             memory=256 * MIB,
             console=shell,
             pmem=list(map(Path, pmem)),
-        ) as machine:
-            machine.start()
-            shell.ready()
-            report(round(time.monotonic() - begun, 2))
-            *asked, last = do
-            answers = [shell.run(command) for command in asked]
-            shell.send(last)
-            ended = machine.wait(60)
+        ) as machine,
+    ):
+        machine.start()
+        shell.ready()
+        report(round(time.monotonic() - begun, 2))
+        *asked, last = do
+        answers = [shell.run(command) for command in asked]
+        shell.send(last)
+        ended = machine.wait(60)
     return [answers, ended.reason, ended.text]
+
+
+def noise(report: Report, seed: int, count: int) -> list[str]:
+    """Machines whose code is random bytes: why each ended."""
+    random = Random(seed)
+    return [raw(random.randbytes(1024), 3)[0].reason for _ in range(count)]
+
+
+HYPERCALL_PAGE = 32 * MIB
+MESSAGES = 40 * MIB
+MESSAGE = 256
+MANY = 4096
+"""Messages that lie there for the guest to post."""
+
+
+def write_msr(number: int, value: int) -> bytes:
+    return load(1, number) + load(0, value & 0xFFFFFFFF) + load(2, value >> 32) + b"\x0f\x30"
+
+
+def hypercalls(count: int) -> bytes:
+    """Code that is a guest of Hyper-V and makes many calls: posts messages out of those that lie there, signals channels, and others."""
+    begin = write_msr(0x40000000, 1) + write_msr(0x40000001, HYPERCALL_PAGE | 1)
+    begin += write_msr(0x40000082, 48 * MIB | 1) + write_msr(0x40000083, 49 * MIB | 1) + write_msr(0x40000092, 1 << 16 | 0x40)
+    begin += write_msr(0x40000080, 1)
+    begin += b"\x49\xbc" + struct.pack("<Q", 0x9E3779B97F4A7C15)  # mov r12, the state of a xorshift
+    begin += b"\x41\xbd" + struct.pack("<I", count)  # mov r13d, count
+    again = b"\x4c\x89\xe0\x48\xc1\xe0\x0d\x49\x31\xc4"  # r12 ^= r12 << 13
+    again += b"\x4c\x89\xe0\x48\xc1\xe8\x07\x49\x31\xc4"  # r12 ^= r12 >> 7
+    again += b"\x4c\x89\xe0\x48\xc1\xe0\x11\x49\x31\xc4"  # r12 ^= r12 << 17
+    again += b"\xb9\x5c\0\0\0"  # mov ecx, HvPostMessage
+    again += b"\x4c\x89\xe2\x48\xc1\xea\x20"  # mov rdx, r12; shr rdx, 32
+    again += b"\x81\xe2" + struct.pack("<I", MANY - 1)  # and edx, a message's number
+    again += b"\xc1\xe2\x08" + b"\x81\xc2" + struct.pack("<I", MESSAGES)  # shl edx, 8; add edx, where they lie
+    signal = b"\xb9\x5d\0\x01\0\x4c\x89\xe2" + b"\x81\xe2" + struct.pack("<I", 0x3FF)  # fast HvSignalEvent of a random channel
+    mad = b"\x4c\x89\xe1\x4c\x89\xe2"  # whatever: rcx and rdx are random
+    again += b"\x41\xf6\xc4\x03\x75" + bytes((len(signal),)) + signal  # one of four
+    again += b"\x41\xf6\xc4\x1c\x75" + bytes((len(mad),)) + mad  # one of eight
+    again += b"\xb8" + struct.pack("<I", HYPERCALL_PAGE) + b"\x4d\x89\xe0\xff\xd0"  # mov eax, page; mov r8, r12; call rax
+    again += b"\xc7\x04\x25" + struct.pack("<II", 49 * MIB + 2 * 256, 0)  # the message slot is free again
+    again += write_msr(0x40000084, 0)  # EOM
+    again += b"\x41\xff\xcd"  # dec r13d
+    return begin + again + b"\x0f\x85" + struct.pack("<i", -(len(again) + 6)) + OFF
+
+
+def hyperv_noise(report: Report, seed: int, count: int) -> Any:
+    """A guest that posts random messages and makes random hypercalls; why it ended, and what the host thinks of it. The host lives:
+    another guest finds its card.
+    """
+    from vfio_vmbus.host.embedded import EmbeddedHost
+    from vfio_vmbus.vm.hyperv import Hyperv
+
+    random = Random(seed)
+    with EmbeddedHost(poll="interrupt") as host, file_of(kernel(hypercalls(count))) as path:
+        card = host.add_nic("nic")
+        hyperv = Hyperv(host, card)
+        with Machine(kernel=path, memory=64 * MIB, paravirt=hyperv) as machine:
+            for number in range(MANY):
+                size = random.randrange(0, 244)
+                body = struct.pack("<II", random.randrange(0, 30), 0) + random.randbytes(232)
+                head = struct.pack(
+                    "<IIII", random.choice((1, 4, 4, 4, random.getrandbits(32))), 0, random.choice((1, 1, 1, 2)), size
+                )
+                contact = struct.pack("<IIIIQQQ", 14, 0, 0x50003, 0, 2, 0, 0)
+                machine.memory.write(MESSAGES + number * MESSAGE, head + (contact if number % 16 == 0 else body))
+            machine.start()
+            ended = machine.wait(120)
+            errors = len(hyperv.connection.errors)
+        second = Hyperv(host, card)
+        with Machine(kernel=path, memory=64 * MIB, paravirt=second) as machine:
+            pass
+    return [ended.reason, ended.text, errors]

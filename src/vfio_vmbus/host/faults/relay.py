@@ -21,7 +21,7 @@ from ...memory.mapping import PAGE, Piece
 from ...memory.shared import SharedMemory
 from ...ring.ends import IncomingRing, OutgoingRing
 from ...ring.pair import RingPair
-from ...ring.primitives import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
+from ...ring.primitives import FOOTER, INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from ...vfio import eventfd
 from ...wire import nvsp
 from ...wire.ring import FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION, PACKET_INBAND, PACKET_XFER_PAGES, Packet
@@ -98,6 +98,8 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._resources = ExitStack()
         self._running = True
+        self._next: asyncio.Handle | None = None
+        """When it goes on by itself."""
         self._timers: set[asyncio.TimerHandle] = set()
         self._signals = 0
         """Those that were given, and met their fate."""
@@ -108,7 +110,7 @@ class Relay:
             self._open_rings(stack, context)
             self._up = _Way(self._outer.incoming, self._inner.outgoing, self._from_guest)
             self._down = _Way(self._inner.incoming, self._outer.outgoing, self._from_vsp)
-            self._open_passages(stack, desk, device)
+            self._open_passages(desk, device)
             stack.callback(self.stop)
             self._resources = stack.pop_all()
         self._loop.add_reader(context.doorbell, self._kick)
@@ -130,7 +132,7 @@ class Relay:
         self._loop.remove_reader(self._wake)
         for passage in (*self._passages.values(), self._bell):
             passage.close()
-        for timer in self._timers:
+        for timer in (*self._timers, *([self._next] if self._next else [])):
             timer.cancel()
 
     def close(self) -> None:
@@ -141,15 +143,16 @@ class Relay:
     def _open_rings(self, stack: ExitStack, context: ChannelContext) -> None:
         up, down = self._outer.incoming.size + PAGE, self._outer.outgoing.size + PAGE
         memory = stack.enter_context(SharedMemory(up + down, "faults"))
-        doorbell, self._wake = eventfd.make(), eventfd.make()
+        doorbell = eventfd.make()
         stack.callback(os.close, doorbell)
+        self._wake = eventfd.make()
         stack.callback(os.close, self._wake)
         name = f"{self._outer.outgoing.name}, relayed"
         self._inner = stack.enter_context(RingPair.fresh(memory, 0, up, up + down, doorbell, name))
         pair = stack.enter_context(RingPair([Piece(memory.fd, 0, up + down)], up, Side.HOST, self._wake, name))
         self.context = replace(context, pair=pair, doorbell=doorbell)
 
-    def _open_passages(self, stack: ExitStack, desk: Desk, device: str) -> None:
+    def _open_passages(self, desk: Desk, device: str) -> None:
         def passage(flow: Flow, way: _Way, spared: int = _SPARED) -> Passage:
             lost = self._given_back if flow is Flow.PACKETS_TO_GUEST else _nothing
             return Passage(desk.gate(device, flow), way.queue.append, spared=spared, dropped=lost, kick=self._soon)
@@ -169,10 +172,16 @@ class Relay:
     # Going on.
 
     def _soon(self) -> None:
-        self._loop.call_soon(self._kick)
+        """Go on in the loop's next round; once, however many want it."""
+        if self._next is not None:
+            self._next.cancel()
+        self._next = self._loop.call_soon(self._kick)
 
     def _kick(self) -> None:
         """A doorbell was rung, or there is more to do."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
         if self._running:
             eventfd.take(self._guest.doorbell)
             eventfd.take(self._wake)
@@ -188,8 +197,8 @@ class Relay:
             self._signalled()
         if True in results:
             self._soon()
-        elif None in results:
-            self._later(_RETRY_SECONDS, self._kick)
+        elif None in results and self._next is None:
+            self._next = self._loop.call_later(_RETRY_SECONDS, self._kick)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         def ripe() -> None:
@@ -201,10 +210,10 @@ class Relay:
 
     def _give_up(self, error: RingError) -> None:
         """The guest broke a ring: let the VSP find its own one broken, as it would the guest's."""
-        self._guest.failed(error)
         self.stop()
         self._inner.outgoing.mapping.write(WRITE_INDEX, _OUT_OF_RING)
         self._inner.outgoing.signal()
+        self._guest.failed(error)  # last, as that may close all of it
 
     # Packets.
 
@@ -243,7 +252,9 @@ class Relay:
         elif about == "rndis":
             self._scribble(stream, packet)
         else:
-            self._down.queue.append(self._forger.packet(about, stream.how, packet))
+            forged = self._forger.packet(about, stream.how, packet)
+            if len(forged) + FOOTER < self._outer.outgoing.size:
+                self._down.queue.append(forged)
 
     def _misplace(self, stream: Stream) -> None:
         """Put a number that cannot be right into what of the control pages is the host's to write, for a moment."""

@@ -3,6 +3,7 @@
     device          KernelDevice: open a device by its address
     regions, irqs   its parts
     space           an IO address space: what is mapped; container (type1) and iommufd implement it
+    noiommu         the same without any IOMMU, for whom that is allowed explicitly
     group           an IOMMU group's node
     ioctl           the one place that calls the kernel, and what its refusals mean
     nodes           where in /sys and /dev a device is found

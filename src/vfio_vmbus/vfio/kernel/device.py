@@ -22,6 +22,7 @@ from .ioctl import call, errno_of
 from .iommufd import Ioas
 from .irqs import InUse, KernelIrq, open_irq
 from .nodes import Roots, full_address
+from .noiommu import Allow, NoIommu
 from .regions import KernelRegion, open_region
 from .space import AddressSpace
 
@@ -60,6 +61,8 @@ class KernelDevice(Device):
 
     iommufd: True for its own node and an iommufd, False for its IOMMU group, None for the former where the kernel makes such nodes.
     space: an AddressSpace that several devices share (devices of one group must); it stays open, and so does what is mapped in it.
+    without_iommu: open a device that no IOMMU keeps in bounds (`noiommu`), and no other; it is told what is about to be done, before
+    anything is touched, and raises UnsafeError if that is not allowed (`bus.noiommu`, which asks the one policy). Never a fallback.
 
     Any thread may use it; `close` it when none does, as numbers of descriptors are used again.
 
@@ -76,6 +79,7 @@ class KernelDevice(Device):
         *,
         iommufd: bool | None = None,
         space: AddressSpace | None = None,
+        without_iommu: Allow | None = None,
         roots: Roots = Roots(),  # noqa: B008  (frozen)
     ) -> None:
         self.address = full_address(address)
@@ -83,9 +87,13 @@ class KernelDevice(Device):
         self._fd = -1
         self._regions: dict[int, KernelRegion] = {}
         self._irqs: dict[int, KernelIrq] = {}
-        group = _bound(self.address, roots)
+        group = _bound(self.address, roots, without_iommu is not None)
         with ExitStack() as stack:
-            if space is None:
+            if without_iommu is not None:
+                if space is not None or iommufd:
+                    raise UsageError("without an IOMMU there is no iommufd, and no address space to share")
+                space = stack.enter_context(NoIommu(self.address, without_iommu, roots))
+            elif space is None:
                 by_node = roots.cdev(self.address) is not None if iommufd is None else iommufd
                 space = stack.enter_context(Ioas(roots) if by_node else Container(roots))
             elif iommufd is not None and iommufd != isinstance(space, Ioas):
@@ -93,7 +101,7 @@ class KernelDevice(Device):
             self.space = space
             self._fd = space.device(self.address)
             stack.callback(self._release)
-            self.info = self._describe(roots, group)
+            self.info = self._describe("" if without_iommu else f"IOMMU group {group}")
             self.dma = _Maps(space, self)
             in_use = InUse()
             found = [open_region(self._fd, index, self.fileno) for index in range(self.info.regions)]
@@ -189,14 +197,14 @@ class KernelDevice(Device):
             self._fd = -1
             os.close(fd)
 
-    def _describe(self, roots: Roots, group: int) -> DeviceInfo:
+    def _describe(self, isolation: str) -> DeviceInfo:
         answer = bytearray(uapi.DeviceInfo().pack())
         call(self._fd, uapi.DEVICE_GET_INFO, answer, what=self.address)
         info = uapi.DeviceInfo.unpack(answer)
         if not info.flags & wire.DEVICE_PCI:
             raise UnavailableError(f"{self.address} is no PCI device to VFIO (flags {info.flags:#x})")
         resettable = bool(info.flags & wire.DEVICE_RESET)
-        return DeviceInfo(self.address, info.region_count, info.irq_count, resettable, f"IOMMU group {group}")
+        return DeviceInfo(self.address, info.region_count, info.irq_count, resettable, isolation)
 
     def _decode(self, bits: int) -> None:
         space = self.region(CONFIG_REGION)
@@ -210,10 +218,11 @@ class KernelDevice(Device):
         return Dependent(address, each.owner, isinstance(self.space, Container) and each.owner in self.space.groups)
 
 
-def _bound(address: str, roots: Roots) -> int:
-    """The IOMMU group of a device that a driver of VFIO has. Raises UnavailableError."""
+def _bound(address: str, roots: Roots, without_iommu: bool) -> int:
+    """The group of a device that a driver of VFIO has. Raises UnavailableError, also for one of the other kind of groups."""
     roots.device(address)
-    group, driver = roots.protected_group(address), roots.driver(address)
+    group = roots.unprotected_group(address) if without_iommu else roots.protected_group(address)
+    driver = roots.driver(address)
     if "vfio" not in (driver or ""):
         raise UnavailableError(f"{address} has driver {driver or 'none'}: bind it (vfio-vmbus bind {address})")
     return group

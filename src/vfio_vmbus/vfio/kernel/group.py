@@ -12,14 +12,17 @@ from .nodes import Roots, open_node
 
 
 class Group:
-    """/dev/vfio/NUMBER, viable. Raises UnavailableError: not there, in use, or not viable (and why)."""
+    """/dev/vfio/NUMBER, viable; of a group without an IOMMU, which `prefix` stands for, /dev/vfio/noiommu-NUMBER.
 
-    def __init__(self, number: int, roots: Roots) -> None:
+    Raises UnavailableError: not there, in use, or not viable (and why).
+    """
+
+    def __init__(self, number: int, roots: Roots, prefix: str = "") -> None:
         self.number = number
         self.name = f"IOMMU group {number}"
         with ExitStack() as stack:
             advice = "no device of it has vfio-pci: bind one (vfio-vmbus bind ADDRESS)"
-            self.fd = open_node(roots.dev / f"vfio/{number}", self.name, advice)
+            self.fd = open_node(roots.dev / f"vfio/{prefix}{number}", self.name, advice)
             stack.callback(os.close, self.fd)
             status = bytearray(uapi.GroupStatus().pack())
             call(self.fd, uapi.GROUP_GET_STATUS, status, what=self.name)

@@ -74,6 +74,7 @@ _ADVICE: Final = {
     "the kernel's switch for that is vfio_iommu_type1.allow_unsafe_interrupts=1",
     ("VFIO_SET_IOMMU", errno.ENODEV): "load vfio_iommu_type1: modprobe vfio_iommu_type1",
     ("VFIO_GROUP_SET_CONTAINER", errno.EBUSY): _SHARING,
+    ("VFIO_GROUP_SET_CONTAINER", errno.EPERM): "a group without an IOMMU is for CAP_SYS_RAWIO only",
     ("VFIO_GROUP_SET_CONTAINER", errno.EINVAL): "the group is in a container already, or its IOMMU does not suit the container's",
     ("VFIO_GROUP_GET_DEVICE_FD", errno.ENODEV): "no driver of VFIO has it: bind it (vfio-vmbus bind ADDRESS)",
     ("VFIO_GROUP_GET_DEVICE_FD", errno.EBUSY): _SHARING,

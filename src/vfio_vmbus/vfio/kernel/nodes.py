@@ -73,6 +73,20 @@ class Roots:
             )
         return group
 
+    def unprotected_group(self, address: str) -> int:
+        """Its group, which protects nothing. Raises UnavailableError where there is none, and where an IOMMU would protect."""
+        group = self.group(address)
+        if group is None:
+            raise UnavailableError(
+                f"{address} has no IOMMU and no group without one: modprobe vfio {NOIOMMU_SWITCH}=1 (on a kernel with "
+                f"CONFIG_VFIO_NOIOMMU), then bind it (vfio-vmbus bind {address} --enable-unsafe-noiommu-mode)"
+            )
+        if not self.without_iommu(group):
+            raise UnavailableError(
+                f"{address} has an IOMMU (group {group}): there is no need to go without, leave the switch away"
+            )
+        return group
+
     def without_iommu(self, group: int) -> bool:
         """Is it a group that exists by NOIOMMU_SWITCH only, without any IOMMU?"""
         name = self.sysfs / f"kernel/iommu_groups/{group}/name"
@@ -85,8 +99,10 @@ class Roots:
 
     def in_use(self, address: str) -> bool:
         """Has a process opened the device, or another of its group, through VFIO? As far as this process may ask."""
+        group = self.group(address)
+        prefix = "noiommu-" if group is not None and self.without_iommu(group) else ""
         try:
-            os.close(os.open(self.dev / f"vfio/{self.group(address)}", os.O_RDWR | os.O_CLOEXEC))
+            os.close(os.open(self.dev / f"vfio/{prefix}{group}", os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             return error.errno == errno.EBUSY
         return False
@@ -130,6 +146,8 @@ def open_node(path: Path, what: str, advice: str) -> int:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
             says = advice
+        elif error.errno == errno.EPERM and path.name.startswith("noiommu-"):
+            says = f"a group without an IOMMU is for CAP_SYS_RAWIO only, which this process (uid {os.geteuid()}) lacks"
         elif error.errno in (errno.EACCES, errno.EPERM):
             says = f"this process (uid {os.geteuid()}) may not: run as root, or give the node to its user (chown, or a udev rule)"
         elif error.errno == errno.EBUSY:

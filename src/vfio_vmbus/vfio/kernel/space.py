@@ -1,4 +1,4 @@
-"""`AddressSpace`: IOVAs of one or more devices, and what memory is behind them.
+"""`AddressSpace`: IOVAs of one or more devices, and what memory is behind them. `Maps` is the part that needs no kernel.
 
 The kernel pins what is mapped, so that a device goes on reaching it whatever becomes of the file. Ours are the checks that the kernel
 leaves to its caller, and errors that say more than EINVAL.
@@ -21,12 +21,11 @@ from ..device import Dma
 
 _LIMIT = 1 << 64
 
-Self = TypeVar("Self", bound="AddressSpace")
+Self = TypeVar("Self", bound="Maps")
 
 
-class AddressSpace(Dma):
-    """What devices may reach. One belongs to each KernelDevice, unless several are opened with one of theirs. All methods may be called
-    from any thread.
+class Maps(Dma):
+    """What devices may reach. All methods may be called from any thread.
 
     `page_size`: the least that can be mapped, in bytes. `iova_ranges`: (start, end) of what may be mapped, the
     end not being one of them; empty before the first device is in it.
@@ -87,10 +86,6 @@ class AddressSpace(Dma):
                 stack.push(self._resources)  # runs first: when it is done, no device reaches the memory any more
 
     @abstractmethod
-    def device(self, address: str) -> int:
-        """A new descriptor of a device, which is in this address space from now on. Raises UnavailableError."""
-
-    @abstractmethod
     def _map(self, iova: int, piece: Piece, access: int, stack: ExitStack) -> None:
         """Ask the kernel; what is to be given back after the unmap goes to `stack`."""
 
@@ -125,3 +120,11 @@ class AddressSpace(Dma):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class AddressSpace(Maps):
+    """Maps that the kernel knows of. One belongs to each KernelDevice, unless several are opened with one of theirs."""
+
+    @abstractmethod
+    def device(self, address: str) -> int:
+        """A new descriptor of a device, which is in this address space from now on. Raises UnavailableError."""
