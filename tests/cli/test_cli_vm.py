@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.cli.commands import one_line, run
-from vfio_vmbus.cli.vm import Card, parse_nic, parse_size, parse_version
+from vfio_vmbus.cli.vm import Card, _panic, parse_nic, parse_size, parse_version
 from vfio_vmbus.errors import UsageError
 
 MAC = bytes.fromhex("00155d010203")
@@ -105,3 +105,18 @@ def test_without_kvm_it_is_one_line_and_status_2() -> None:
     assert done.returncode == 2
     assert "no /dev/kvm: load kvm_intel or kvm_amd" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it did not say why"),
+        ("sysrq triggered crash", "sysrq triggered crash"),
+        (
+            "[1] up\n[2] Kernel panic - not syncing: no init\n[3] trace",
+            "no init\n[1] up\n[2] Kernel panic - not syncing: no init\n[3] trace",
+        ),
+    ],
+)
+def test_a_panics_reason_comes_first(text: str, said: str) -> None:
+    assert _panic(text) == said

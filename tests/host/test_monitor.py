@@ -109,6 +109,22 @@ def test_a_channel_that_is_gone_is_not_rung(bells: dict[int, int]) -> None:
         assert not ready(bells[0])
 
 
+def test_a_page_without_channels_is_read_only(bells: dict[int, int]) -> None:
+    """Linux frees its page without a word when it unloads hv_vmbus; what it becomes must stay as it is."""
+    with monitored() as (monitor, page):
+        monitor.watch(5, bells[0])
+        monitor.watch(40, bells[1])
+        monitor.unwatch(5)
+        _or(page + pending_bit(5)[0], 0xFFFF_FFFF)
+        set_bit(page, 40)
+        eventually(lambda: ready(bells[1]), "a signal of the other")
+        looks = monitor.state["looks"]
+        eventually(lambda: monitor.state["looks"] > looks + 2, "more looks")
+        assert monitor.page.read(pending_bit(5)[0], 4) == b"\xff" * 4
+        assert monitor.page.read(pending_bit(40)[0], 4) == bytes(4)
+        assert not ready(bells[0])
+
+
 def test_it_looks_less_often_the_longer_nothing_comes_and_at_once_when_something_does(bells: dict[int, int]) -> None:
     with monitored() as (monitor, page):
         monitor.watch(0, bells[0])

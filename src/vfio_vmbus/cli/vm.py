@@ -34,6 +34,7 @@ _NIC_HELP = (
 )
 _CONFINED = "a virtual machine: its devices reach the guest's memory, and nothing else of this machine"
 _STOPPED, _TIMED_OUT = 130, 124
+_NOT_SYNCING = "Kernel panic - not syncing: "
 _PATIENCE, _HURRY = 10.0, 1.0
 """Seconds that whoever reads the console may take for the last of it; and when somebody wants an end."""
 
@@ -223,7 +224,7 @@ def _tell(ended: Ended, hyperv: Hyperv, *, wanted: bool) -> int:
     orderly = ended.reason == "power-off" or (ended.reason == "reset" and not ended.text)
     status = {"time-out": _TIMED_OUT, "stopped": _STOPPED}.get(ended.reason, 0 if orderly else 1)
     said = {
-        "panic": f"the guest's kernel panicked: {ended.text or 'it did not say why'}",
+        "panic": f"the guest's kernel panicked: {_panic(ended.text)}",
         "time-out": f"time-out: {ended.text}",
         "reset": f"the guest restarted, which ends it here{': ' if ended.text else ''}{ended.text}",
         "stopped": "stopped",
@@ -237,6 +238,12 @@ def _tell(ended: Ended, hyperv: Hyperv, *, wanted: bool) -> int:
         if orderly and not hyperv.noticed:
             return 2
     return status
+
+
+def _panic(text: str) -> str:
+    """The kernel's own line first, then what there is of its log, which it left with the hypervisor."""
+    reasons = [line.partition(_NOT_SYNCING)[2] for line in text.splitlines() if _NOT_SYNCING in line]
+    return "\n".join([reasons[-1], text] if reasons else [text or "it did not say why"])
 
 
 def _complain(text: str) -> None:

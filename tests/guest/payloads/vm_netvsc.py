@@ -232,3 +232,29 @@ def cards(report: Report, kernel: str, initrd: str, only: list[str] | None = Non
         report(["boot", round(time.monotonic() - made, 2), "", round(time.monotonic() - begun, 2)])
         world = Cards(host, *lab.namespaces, guest, *nics)
         take(report, [(name, getattr(world, name)) for name in only or STEPS], guest.shell.tail)
+
+
+def two_guests(report: Report, kernel: str, initrd: str) -> dict[str, Any]:
+    images = Images.of(kernel, initrd)
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab(NamespaceSpec("outside", f"{OUTSIDE}/24")))
+        host = stack.enter_context(EmbeddedHost(poll="interrupt"))
+        outside = lab.namespaces[0]
+        host.switch.add_tap(outside.tap.fd)
+        nics = [host.add_nic(f"nic{number}") for number in range(2)]
+        guests = [
+            stack.enter_context(inner(images, host, nics[0], name="two processors", cpus=2)),
+            stack.enter_context(inner(images, host, nics[1], name="old", max_version=0x20004)),
+        ]
+        addresses = [INSIDE, "10.9.0.3"]
+        for guest, nic, address in zip(guests, nics, addresses, strict=True):
+            guest.configure(nic, f"{address}/24")
+        return {
+            "versions": [guest.hyperv.connection.version for guest in guests],
+            "processors": [guest.shell.run("nproc") for guest in guests],
+            "received": [outside.ping(address, timeout=20).received for address in addresses],
+            "each other": [
+                "3 packets received" in guest.shell.run(f"ping -c 3 -W 20 {other}")
+                for guest, other in zip(guests, reversed(addresses), strict=True)
+            ],
+        }
