@@ -105,4 +105,4 @@ def test_no_name_breaks_the_format(name: str, counter: str, value: int) -> None:
     client = Client(name, (name,), None, True, 0, 0, 0, 0, 0, 0, 0, name)
     _, samples = read(exposition([Found(name, 7, report(devices=(nic,), clients=(client,)))], []))
     kept = name.encode(errors="replace").decode()
-    assert samples["vfio_vmbus_device_good_total", (("process", "s1"), ("device", kept))] == value
+    assert samples["vfio_vmbus_device_good_total", (("process", "s1"), ("device", kept))] == float(value)
