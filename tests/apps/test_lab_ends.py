@@ -140,7 +140,8 @@ def test_workers_end_with_their_parent_though_another_process_holds_its_sockets(
 
 
 def test_ctrl_c_ends_the_parent_with_its_lab_in_order() -> None:
-    code = HOLDER.format(then="time.sleep(3600)")
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job would not
+    code = heeds + HOLDER.format(then="time.sleep(3600)")
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
