@@ -78,7 +78,32 @@ def test_bits_set_together_ring_all_of_them(bells: dict[int, int]) -> None:
             eventually(lambda fd=fd: ready(fd), "a signal")
         looks = monitor.state["looks"]
         eventually(lambda: monitor.state["looks"] > looks + 2, "more looks")
-        assert monitor.state["signals"] == len(bells)  # the bits of nobody were dropped
+        assert monitor.state["signals"] == len(bells)
+        left = [int.from_bytes(monitor.page.read(8 + group * 8, 4), "little") for group in range(4)]
+        for group, bits in enumerate(left):  # the bits of nobody are not ours
+            mine = sum(1 << number % 32 for number in bells if number // 32 == group)
+            assert bits == 0xFFFF_FFFF & ~mine
+
+
+def test_without_an_open_channel_the_page_is_nobodys_business(bells: dict[int, int]) -> None:
+    """Linux frees the page without a word when it unloads its driver; its channels are closed by then."""
+    with monitored() as (monitor, page):
+        monitor.watch(3, bells[0])
+        set_bit(page, 3)
+        eventually(lambda: ready(bells[0]), "a signal")
+        monitor.unwatch(3)
+        monitor.page.write(0, b"\xa5" * PAGE)
+        with monitor.worker.paused():
+            looks = monitor.state["looks"]
+        sleeps = monitor.worker.control["sleeps"]
+        monitor.worker.wake()
+        eventually(lambda: monitor.worker.control["sleeps"] > sleeps, "it has woken up and sleeps again")
+        assert monitor.page.read(0, PAGE) == b"\xa5" * PAGE
+        assert monitor.state["looks"] == looks
+        monitor.page.write(0, bytes(PAGE))
+        monitor.watch(3, bells[1])
+        set_bit(page, 3)
+        eventually(lambda: ready(bells[1]), "a signal")
 
 
 def test_the_rest_of_the_page_is_the_guests(bells: dict[int, int]) -> None:
@@ -107,6 +132,7 @@ def test_a_channel_that_is_gone_is_not_rung(bells: dict[int, int]) -> None:
             set_bit(page, 6)
             eventually(lambda: ready(bells[1]), "a signal of the other")
         assert not ready(bells[0])
+        assert monitor.page.read(8, 4) == (1 << 5).to_bytes(4, "little")
 
 
 def test_a_page_without_channels_is_read_only(bells: dict[int, int]) -> None:

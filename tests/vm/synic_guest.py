@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tests.host.raw_client import eventually
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.vsp import Vsp
-from vfio_vmbus.memory.access import swap32
+from vfio_vmbus.memory.access import and32
 from vfio_vmbus.memory.bell import Bell
 from vfio_vmbus.memory.kernel import step
 from vfio_vmbus.memory.mapping import PAGE, Mapping, Piece
@@ -42,9 +42,9 @@ SLOT = wire.MESSAGE_SINT * hyperv.MESSAGE_SLOT
 FLAGS = wire.MESSAGE_SINT * hyperv.EVENT_FLAGS
 
 
-@step("i8(i8, i8)")
-def _swap(word: int, value: int) -> int:
-    return swap32(word, value)
+@step("i8(i8)")
+def _clear(word: int) -> int:
+    return and32(word, 0)
 
 
 class NotedVm:
@@ -187,7 +187,7 @@ class SynicGuest:
             return None
         assert header.message_type == hyperv.MESSAGE_VMBUS
         slot = self.ram.address(MESSAGES + vp * PAGE + SLOT, hyperv.MESSAGE_SLOT)
-        _swap(slot, hyperv.MESSAGE_NONE)
+        _clear(slot)
         if self.slot(vp)[0].flags & 1:
             self.eoms += 1
             eventfd.ring(self.irqfd(vp)[1])

@@ -507,7 +507,7 @@ def test_pages_count_while_they_are_promised_or_in_use_and_no_longer():
     world.gpadl(2, pages=50)
 
 
-def test_linux_unloads_first_and_releases_its_channels_then():
+def test_a_guest_may_release_its_channels_after_it_has_unloaded():
     world = World().start(nic(1), nic(2))
     world.open()
     world.run(world.guest.unload())

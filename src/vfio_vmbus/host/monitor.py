@@ -2,6 +2,9 @@
 
 A thread of its own, in compiled code without the GIL. It looks every 100 us while signals come, and less and less often, down to every
 4 ms, while none do. What latency a guest wishes for (in the same page) is not looked at.
+
+Only bits of channels that are open are touched, and without one the page is not even read: Linux, when it unloads hv_vmbus, frees the
+page without telling the host (6.12: vmbus_exit), and whose memory it is then, nobody knows.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..dataplane.worker import Worker, attention, scratch_of, sleep
-from ..memory.access import inline, load32, load64, swap32, viewer
+from ..memory.access import and32, inline, load32, load64, viewer
 from ..memory.block import Block
 from ..memory.kernel import kernel
 from ..memory.libc import sleep_ns
@@ -23,8 +26,8 @@ MONITOR = np.dtype(
     [
         ("control", "i8"),  # address of the worker's CONTROL
         ("page", "i8"),  # address of the guest's page
-        ("doorbells", "i8"),  # address of a table: for each number the eventfd, or -1
-        ("watched", "i8"),  # address of a table: for each group its bits that have a doorbell
+        ("doorbells", "i8"),  # address of a table: for each number the eventfd
+        ("open", "i8"),  # address of a table: for each group the bits of channels that are open
         ("signal", "i8"),  # address of a record for memory.signal
         ("period", "i8"),  # ns until the next look
         ("idle", "i8"),  # how often nothing was there, in a row
@@ -48,23 +51,24 @@ _monitor_at = viewer(MONITOR)
 
 @inline
 def look(monitor: Any) -> int:
-    """Take the bits that are set out of the page, and ring the doorbells of those channels; how many. Bits of nobody are dropped with them.
-
-    A group without an open channel is only read: Linux's hv_vmbus frees the page without a word when it is unloaded (no UNLOAD), and
-    what was written then would hit whatever the page has become. Its channels are closed by then.
-    """
-    rung = 0
+    """Take the bits of open channels that are set out of the page, and ring those channels' doorbells; how many. -1: none is open."""
+    rung = -1
     for group in range(GROUPS):
-        word = monitor.page + _GROUPS_AT + group * _GROUP
-        if load32(word) & load64(monitor.watched + group * 8) == 0:
+        mask = load64(monitor.open + group * 8)
+        if mask == 0:
             continue
-        bits = swap32(word, 0)  # before the doorbells: what is signalled from here on is seen at the next look
+        rung = max(rung, 0)
+        word = monitor.page + _GROUPS_AT + group * _GROUP
+        bits = load32(word) & mask
+        if bits == 0:
+            continue
+        and32(word, ~bits)  # before the doorbells: what is signalled from here on is seen at the next look
         for bit in range(BITS_PER_GROUP):
             if (bits >> bit) & 1 != 0:
-                doorbell = load64(monitor.doorbells + (group * BITS_PER_GROUP + bit) * 8)
-                if doorbell >= 0:
-                    signal(doorbell, monitor.signal)
-                    rung += 1
+                signal(load64(monitor.doorbells + (group * BITS_PER_GROUP + bit) * 8), monitor.signal)
+                rung += 1
+    if rung < 0:
+        return rung
     monitor.looks += 1
     monitor.signals += rung
     return rung
@@ -86,7 +90,11 @@ def monitor_run(address: int) -> None:
     """The thread's loop, until its worker wants attention."""
     monitor = _monitor_at(address)
     while attention(monitor.control) == 0:
-        _adapt(monitor, look(monitor))
+        rung = look(monitor)
+        if rung < 0:
+            sleep(monitor.control, -1)
+            continue
+        _adapt(monitor, rung)
         if monitor.period < _MILLISECOND:
             sleep_ns(monitor.period, scratch_of(monitor.control))
         else:
@@ -99,8 +107,7 @@ class Monitor:
     def __init__(self, page: Mapping, name: str) -> None:
         self.page = page
         self._doorbells = Block("i8", _COUNT)
-        self._doorbells.array[:] = -1
-        self._watched = Block("i8", GROUPS)
+        self._open = Block("i8", GROUPS)
         self._signal = signal_record()
         self.state = Block(MONITOR)
         self.worker = Worker(name, monitor_run, self.state.address, keep=self)
@@ -108,7 +115,7 @@ class Monitor:
             "control": self.worker.control.address,
             "page": page.address,
             "doorbells": self._doorbells.address,
-            "watched": self._watched.address,
+            "open": self._open.address,
             "signal": self._signal.address,
             "period": FASTEST_NS,
         }.items():
@@ -118,13 +125,13 @@ class Monitor:
     def watch(self, number: int, doorbell: int) -> None:
         """Ring this eventfd for that number from now on."""
         self._doorbells.array[number] = doorbell
-        self._watched.array[number // BITS_PER_GROUP] |= 1 << number % BITS_PER_GROUP
+        self._open.array[number // BITS_PER_GROUP] |= 1 << number % BITS_PER_GROUP
+        self.worker.wake()
 
     def unwatch(self, number: int) -> None:
-        """No more; when this returns the eventfd is not touched."""
+        """No more; when this returns neither the eventfd nor the bit is touched."""
         with self.worker.paused():
-            self._doorbells.array[number] = -1
-            self._watched.array[number // BITS_PER_GROUP] &= ~(1 << number % BITS_PER_GROUP)
+            self._open.array[number // BITS_PER_GROUP] &= ~(1 << number % BITS_PER_GROUP)
 
     def stop(self) -> None:
         """End the thread: it touches the page and the doorbells no more. Raises WaitTimeout when it does not end. Harmless twice."""

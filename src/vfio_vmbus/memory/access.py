@@ -120,8 +120,8 @@ def _change(operation: str, plainly: Callable[[int, int], int]) -> Any:
 or32 = _change("or", lambda before, bits: before | bits)
 """Set bits of a 32-bit word that others change at the same time, ordered against all else; the word as it was. Interpreted it is not
 atomic."""
-swap32 = _change("xchg", lambda before, value: value)
-"""The same with a new value for the whole word."""
+and32 = _change("and", lambda before, bits: before & bits)
+"""The same, keeping only these bits."""
 
 
 def _fence() -> Any:

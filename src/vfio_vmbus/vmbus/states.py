@@ -63,7 +63,7 @@ HOST_ACCEPTS: Mapping[HostState, frozenset[type[wire.Message]]] = MappingProxyTy
 )
 """Every other message in that state is fatal. A second InitiateContact means that the guest starts anew (a crash kernel does).
 
-Linux unloads first and releases its channels then (vmbus_exit), which says nothing that the host has not done already."""
+A guest that has unloaded may still say of its channels that it is done with them, which the host has done already."""
 
 
 class ChannelView(Enum):
