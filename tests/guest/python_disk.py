@@ -7,8 +7,10 @@ the initramfs, and the image has an empty folder where they are on this machine,
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,29 +34,27 @@ _SPARE = 32 << 20
 _LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "cuda", "include"}
 """Folders of packages that nobody needs here."""
 
-_LOADED = """
+_MAPPED = """
 import importlib, json, sys
-before = set(sys.modules)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-roots = {name.partition(".")[0] for name in sys.modules}
-files = {getattr(sys.modules[root], "__file__", None) or "" for root in roots}
-print(json.dumps([sorted(files), sorted({line.split()[-1] for line in open("/proc/self/maps") if ".so" in line})]))
+print(json.dumps(sorted({line.split()[-1] for line in open("/proc/self/maps") if ".so" in line})))
 """
 
 
 def python_disk(modules: Iterable[str]) -> Path:
-    """The image with all that importing these modules needs. Raises UnavailableError where it cannot be made."""
+    """The image, with the libraries that these modules load among the rest. Raises UnavailableError where it cannot be made."""
     maker = shutil.which("mke2fs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if maker is None:
         raise UnavailableError("mke2fs is not here: package e2fsprogs")
     done = subprocess.run(
-        [sys.executable, "-c", _LOADED, *modules], env={**os.environ, **SOURCES}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MAPPED, *modules], env={**os.environ, **SOURCES}, capture_output=True, text=True, check=True
     )
-    loaded, mapped = json.loads(done.stdout)
-    sources = _sources(map(Path, loaded))
-    libraries = [Path(path) for path in mapped if not any(Path(path).is_relative_to(source) for source in sources)]
-    digest = hashlib.sha256(f"2 {sys.executable} {PROJECT}".encode())
+    sources = _sources()
+    libraries = [
+        Path(path) for path in json.loads(done.stdout) if not any(Path(path).is_relative_to(source) for source in sources)
+    ]
+    digest = hashlib.sha256(f"3 {sys.executable} {PROJECT}".encode())
     for path in (*sources, *libraries):
         digest.update(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n".encode())
     image = _CACHE / f"{digest.hexdigest()[:16]}.ext4"
@@ -66,19 +66,25 @@ def python_disk(modules: Iterable[str]) -> Path:
     return image
 
 
-def _sources(files: Iterable[Path]) -> list[Path]:
-    """The standard library's folder, and the folders or files of packages that are not of it or of the project."""
-    paths = sysconfig.get_paths()
-    standard = Path(paths["stdlib"])
-    site = {Path(paths["purelib"]), Path(paths["platlib"])}
-    found = {standard}
-    for file in files:
-        for folder in site:
-            if file.is_relative_to(folder):
-                first = folder / file.relative_to(folder).parts[0]
-                found.add(first)
-                if (bundled := first.with_suffix(".libs")).is_dir():
-                    found.add(bundled)
+def _sources() -> list[Path]:
+    """The standard library's folder, and the folders and files of the packages that the project needs, with what these need."""
+    found = {Path(sysconfig.get_paths()["stdlib"])}
+    todo, seen = ["vfio-vmbus"], set[str]()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            package = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another Python or system
+        todo += [
+            words[0] for line in package.requires or () if "extra ==" not in line and (words := re.findall(r"[\w.-]+", line))
+        ]
+        if name != "vfio-vmbus":
+            tops = {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
+            found |= {path for top in tops if (path := Path(str(package.locate_file(top)))).exists()}
     return sorted(found)
 
 

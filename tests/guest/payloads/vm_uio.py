@@ -37,6 +37,7 @@ def outside(report: Report, kernel: str, initrd: str, disk: str) -> dict[str, An
         host.switch.add_tap(lab.namespaces[0].tap.fd)
         nic = host.add_nic("nic0")
         guest = stack.enter_context(inner(Images.of(kernel, initrd, disk), host, nic, memory=640 * MIB))
+        guest.shell.run("sysctl -w vm.nr_hugepages=64")
         report("booted")
         status, said = guest.shell.status(f"py {__file__} inside '{{}}'", PATIENCE)
         messages = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
