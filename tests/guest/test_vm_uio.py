@@ -73,7 +73,7 @@ def test_audit_says_unsafe(found: dict[str, Any]) -> None:
 
 
 def test_a_driver_that_is_killed_is_started_again(found: dict[str, Any]) -> None:
-    assert (found["killed"], found["second"], found["ended"]) == (-9, True, 130)
+    assert (found["killed"], found["second"], found["ended"]) == (-9, True, 0)
 
 
 def test_the_host_saw_nothing_wrong(found: dict[str, Any]) -> None:
