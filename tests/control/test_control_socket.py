@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,14 @@ def test_more_clients_than_there_is_room_for_are_turned_away(here: Machine) -> N
             assert one_more.recv(1) == b""
         for sock in socks:
             sock.close()
+
+
+def test_closing_leaves_nothing_of_those_that_have_just_come(here: Machine) -> None:
+    for _ in range(20):
+        with nothing_left(), ExitStack() as clients, ControlServer("serve", Recorder(), name="a", machine=here):
+            for _ in range(8):
+                clients.enter_context(connected(folder(here) / "a"))
+        gc.collect()  # what was not closed says so
 
 
 def test_closing_ends_those_that_are_connected(here: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ from ..bus.policy import unsafe_uses
 from ..errors import ProtocolError, UsageError, VfioVmbusError
 from ..vfio.user.listener import Admission, Peer
 from .messages import LONGEST_REQUEST, Answer, Client, Command, Device, Port, Report, Status, line_of, parse_request
-from .places import BACKLOG, ControlSocket
+from .places import ControlSocket
 
 log = logging.getLogger("vfio_vmbus.control")
 
@@ -51,8 +52,9 @@ class ControlServer:
         self._subject = subject
         self._machine = machine
         self._since = time.time()
-        self._talking: set[asyncio.StreamWriter] = set()
+        self._talking: dict[asyncio.Task[None], socket.socket] = {}
         self._socket = ControlSocket(self.name, machine)
+        self._socket.socket.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
@@ -76,29 +78,61 @@ class ControlServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_unix_server(self._talk, sock=self._socket.socket, limit=LONGEST_REQUEST, backlog=BACKLOG)
+        self._listen()
         await self._stop.wait()
-        server.close()
-        for writer in self._talking:
-            writer.transport.abort()
+        self._loop.remove_reader(self._socket.socket)
+        for task in self._talking:
+            task.cancel()
+        await asyncio.gather(*self._talking, return_exceptions=True)
+        for connection in self._talking.values():  # also of those that were cancelled before they began
+            connection.close()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client, until it goes, or has no manners."""
-        peer = Peer.of(writer.get_extra_info("socket"))
-        if not Admission().admits(peer) or len(self._talking) >= MOST_CLIENTS:
-            writer.transport.abort()
-            return
-        self._talking.add(writer)
-        writer.transport.set_write_buffer_limits(0)  # so that an answer is taken before the next request is looked at
+    def _listen(self) -> None:
+        if not self._stop.is_set():
+            self._loop.add_reader(self._socket.socket, self._accept)
+
+    def _accept(self) -> None:
         try:
-            while line := await asyncio.wait_for(reader.readline(), PATIENCE):
-                writer.write(line_of(self._answer(line, peer)))
-                await asyncio.wait_for(writer.drain(), PATIENCE)
-        except (OSError, ValueError, TimeoutError) as error:  # ValueError: a line that does not end
+            connection, _ = self._socket.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # who came has gone
+            return
+        except OSError as error:  # no descriptors are left: they may be later
+            log.warning("%s: %s", self.name, error)
+            self._loop.remove_reader(self._socket.socket)
+            self._loop.call_later(1, self._listen)
+            return
+        peer = Peer.of(connection)
+        if not Admission().admits(peer) or len(self._talking) >= MOST_CLIENTS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._talk(connection, peer))
+        self._talking[task] = connection
+        task.add_done_callback(lambda task: self._talking.pop(task).close())
+
+    async def _talk(self, connection: socket.socket, peer: Peer) -> None:
+        """One client, until it goes, or has no manners."""
+        rest = b""
+        try:
+            while True:
+                line, rest = await asyncio.wait_for(self._line(connection, rest), PATIENCE)
+                if not line:
+                    return
+                await asyncio.wait_for(self._loop.sock_sendall(connection, line_of(self._answer(line, peer))), PATIENCE)
+        except (OSError, ValueError, TimeoutError) as error:
             log.info("%s: process %d: %s", self.name, peer.pid, error)
-        finally:
-            self._talking.discard(writer)
-            writer.transport.abort()
+
+    async def _line(self, connection: socket.socket, data: bytes) -> tuple[bytes, bytes]:
+        """The next line, or what there is when no more comes; and what came behind it. Raises ValueError for one that does not end."""
+        while b"\n" not in data[: LONGEST_REQUEST + 1]:
+            if len(data) > LONGEST_REQUEST:
+                raise ValueError(f"a request of more than {LONGEST_REQUEST} bytes")
+            more = await self._loop.sock_recv(connection, LONGEST_REQUEST)
+            if not more:
+                return data, b""
+            data += more
+        line, _, rest = data.partition(b"\n")
+        return line + b"\n", rest
 
     def _answer(self, line: bytes, peer: Peer) -> Answer:
         try:
