@@ -89,6 +89,6 @@ def take(report: Callable[[Any], None], steps: Sequence[Step], console: Callable
         report([name, result, why, round(time.monotonic() - begun, 2)])
 
 
-def held() -> tuple[int, int]:
-    """File descriptors and mappings of this process."""
-    return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+def held() -> int:
+    """File descriptors of this process. (Its mappings are as many as the guest's pages are scattered.)"""
+    return len(os.listdir("/proc/self/fd"))
