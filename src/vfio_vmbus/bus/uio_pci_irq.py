@@ -138,7 +138,7 @@ class UioIrq(Irq):
             self._forget()
             self._eventfd = kept
             if first:
-                self._counted()  # what came when nobody was to be told
+                self._taken()  # what came when nobody was to be told
                 self._let(True)
 
     def disable(self, vector: int) -> None:
@@ -182,22 +182,23 @@ class UioIrq(Irq):
             raise UsageError(f"igb_uio does not take {int(through)}: {error.strerror}") from error
 
     def _ready(self) -> bool:
-        if not self._counted():
+        taken = self._taken()
+        if taken is None:
             self._gone()
             return False
-        if self._eventfd >= 0:
+        if taken and self._eventfd >= 0:  # else `enable` was faster, and took what came before
             eventfd.ring(self._eventfd)
             self.passed += 1
         return True
 
-    def _counted(self) -> bool:
-        """Take note of interrupts; False once the device is gone."""
+    def _taken(self) -> bool | None:
+        """Take the interrupts that came: were there any? None once the device is gone."""
         try:
-            return len(os.read(self._file, 4)) == 4
+            return len(os.read(self._file, 4)) == 4 or None
         except BlockingIOError:
-            return True
-        except OSError:
             return False
+        except OSError:
+            return None
 
     def _forget(self) -> None:
         if self._eventfd >= 0:
