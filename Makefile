@@ -12,7 +12,7 @@ help:
 	@echo "make demo        real traffic through a VMBus NIC owned by user space, then attacks on its host"
 	@echo "make test        the tests, some three minutes on two cores"
 	@echo "make test-guest  tests with QEMU and a Linux guest, whose programs are fetched from Debian's mirror (minutes)"
-	@echo "make test-vm     tests of virtual machines of ours, on KVM in software emulation (some fifteen minutes; needs a quiet machine)"
+	@echo "make test-vm     tests of virtual machines of ours, on KVM in software emulation (many minutes; wants a quiet machine)"
 	@echo "make check       lint, types, import rules"
 	@echo "make bench       measurements against C yardsticks: table, build/bench/results.json and a plot"
 	@echo "make clean       remove .venv, build and caches"
