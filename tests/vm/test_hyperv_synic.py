@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.host.raw_client import eventually
-from tests.vm.synic_guest import EVENTS, FLAGS, MESSAGES, SLOT, SynicGuest
+from tests.vm.synic_guest import BUFFERS, EVENTS, FLAGS, MESSAGES, SLOT, SynicGuest
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.bell import strike
 from vfio_vmbus.memory.kernel import step
@@ -20,6 +20,7 @@ from vfio_vmbus.vfio import eventfd
 from vfio_vmbus.vm import vmbus
 from vfio_vmbus.vm.memory import MIB
 from vfio_vmbus.vm.synic import Synic
+from vfio_vmbus.vmbus.gpadl import gpadl_messages, whole_pages
 from vfio_vmbus.wire import hyperv
 from vfio_vmbus.wire import vmbus as wire
 from vfio_vmbus.wire.hyperv import SlotHeader
@@ -144,22 +145,19 @@ def waiting(guest: SynicGuest) -> deque[bytes]:
     return guest.hyperv.connection.carrier._outbox  # type: ignore[attr-defined, no-any-return]
 
 
-def test_pages_count_when_they_and_the_synic_are_enabled(guest: SynicGuest) -> None:
+def test_pages_count_when_they_and_the_synic_are_enabled(host: EmbeddedHost, guest: SynicGuest) -> None:
+    """Without a page an answer waits for one; while the SynIC is off there is nobody to answer."""
     side, on = guest.hyperv, hyperv.ENABLED
-    for control, events, messages, told in (
-        (0, EVENTS | on, MESSAGES | on, False),
-        (on, EVENTS | on, MESSAGES, False),
-        (on, EVENTS | on, MESSAGES | on, True),
-    ):
+    for control, events, messages, waits in ((0, EVENTS | on, MESSAGES | on, 0), (on, EVENTS | on, MESSAGES, 1)):
         side.synic_changed(0, control, events, messages)
         guest.ram.write(MESSAGES, bytes(PAGE))
         assert guest.post(wire.InitiateContact(version_requested=1).pack()) == 0
-        if told:
-            assert guest.hear(wire.VersionResponse).version_supported == 0
-        else:
-            eventually(lambda: len(waiting(guest)) == 1, "an answer waits")
-            assert guest.slot()[0].message_type == 0
-            waiting(guest).clear()
+        host.run(lambda: None)  # behind the message
+        assert len(waiting(guest)) == waits
+        assert guest.slot()[0].message_type == 0
+    side.synic_changed(0, on, EVENTS | on, MESSAGES | on)
+    assert guest.hear(wire.VersionResponse).version_supported == 0
+    assert guest.listen() == []
 
 
 @pytest.mark.parametrize("page", [64 * MIB, 64 * MIB - 1, 0xFEE00000, 1 << 32, 1 << 51, (1 << 64) - 4096, 3 << 30])
@@ -207,6 +205,15 @@ def test_what_waits_for_a_kernel_is_not_its_successors(guest: SynicGuest) -> Non
     guest.disable()
     assert len(waiting(guest)) == 0
     guest.ram.write(MESSAGES, bytes(PAGE))
+    guest.enable()
+    assert guest.slot()[0].message_type == 0
+    guest.connect().ping()
+
+
+def test_what_is_answered_while_a_processor_is_off_is_not_its_successors(guest: SynicGuest) -> None:
+    guest.connect().disable()
+    guest.say(*gpadl_messages(1, 7, [whole_pages([BUFFERS // PAGE])]))
+    eventually(lambda: guest.hyperv.connection.gpadl_sizes, "the host has made the GPADL")
     guest.enable()
     assert guest.slot()[0].message_type == 0
     guest.connect().ping()

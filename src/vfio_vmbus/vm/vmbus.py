@@ -94,13 +94,8 @@ class SynicCarrier:
     # The loop.
 
     def synic_changed(self, vp: int, control: int, event_page: int, message_page: int) -> None:
-        """A processor's SynIC is like this from now on. What is no memory of the guest's is no page.
-
-        What waits for a processor that switches its SynIC off is dropped: whoever switches it on again is another kernel.
-        """
+        """A processor's SynIC is like this from now on. What is no memory of the guest's is no page."""
         on = bool(control & hyperv.ENABLED)
-        if vp == self._target and self._on[vp] and not on:
-            self._outbox.clear()
         self._on[vp] = on
         messages, events = (self._page(register) if on else 0 for register in (message_page, event_page))
         if self._synics[vp].place(messages, events):
@@ -151,6 +146,9 @@ class SynicCarrier:
         self._outbox.append(message)
 
     def flush(self) -> None:
+        """What is for a processor whose SynIC is off is dropped: whoever switches it on again is another kernel."""
+        if not self._on[self._target]:
+            self._outbox.clear()
         synic = self._synics[self._target]
         while self._outbox and synic.post(self._outbox[0]):
             self._outbox.popleft()
