@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import one_line, run, started
+from tests.cli.commands import Process, one_line, run, started
 from tests.cli.test_cli_serve import line, rest
 from tests.control.test_exposition import read
 from vfio_vmbus.bus.machine import Machine
@@ -77,19 +77,24 @@ def test_orders_to_a_server(tmp_path: Path) -> None:
     name = f"cards-{os.getpid()}"
     with started("serve", "--listen", tmp_path / "a", "--name", name) as server:
         line(server)
-        with started("net", "fwd", "--device", f"unix:{tmp_path}/a"):
+        with started("net", "fwd", "--device", f"unix:{tmp_path}/a") as driver:
             until(lambda one: one["clients"] and one["clients"][0]["channels"], name)
             assert run("control", name, "link", "nic0", "down").stdout == "nic0: link down\n"
             assert asked(name)["processes"][0]["devices"][0]["link"] is False
             assert run("control", str(server.pid), "link", "nic0", "up").stdout == "nic0: link up\n"
+            done = run("control", name, "offer", "nic1")
+            assert done.stdout.startswith("nic1: offered to ")
+            assert run("control", name, "rescind", "nic1").stdout.startswith("nic1: taken away from ")
             done = run("control", name, "mtu", "nic0", "1500")
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout.startswith("nic0: MTU 1500; taken away from ")
-            assert run("control", name, "offer", "nic1").stdout.startswith("nic1: offered to ")
             report = asked(name)["processes"][0]
             assert {device["name"]: device["mtu"] for device in report["devices"]} == {"nic0": 1500, "nic1": 9000}
-            assert report["clients"][0]["channels"] == 0
-            assert run("control", name, "rescind", "nic1").stdout.startswith("nic1: taken away from ")
+            assert_taken_away(driver)
+        with started("net", "fwd", "--device", f"unix:{tmp_path}/a") as driver:
+            until(lambda one: one["clients"] and one["clients"][0]["channels"], name)
+            assert run("control", name, "rescind", "nic0").stdout.startswith("nic0: taken away from ")
+            assert_taken_away(driver)
         for arguments, says in {
             ("link", "nic9", "up"): "no device nic9: there are nic0",
             ("link", "nic0", "sideways"): "take up or down",
@@ -99,6 +104,13 @@ def test_orders_to_a_server(tmp_path: Path) -> None:
             refused = run("control", name, *arguments)
             assert refused.returncode == 2
             assert says in one_line(refused)
+
+
+def assert_taken_away(driver: Process) -> None:
+    """It ends, and says why."""
+    _, said = rest(driver)
+    assert driver.returncode == 1
+    assert said.splitlines()[-1].endswith("was taken away by its host")
 
 
 def test_a_driver_on_a_host_of_its_own_takes_orders() -> None:

@@ -111,6 +111,10 @@ class Shell:
         found = self._until(pattern, f"command {self._number} has ended", timeout)
         return int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n").removesuffix("\n")
 
+    def hear(self, word: str, timeout: float = 60.0) -> None:
+        """Wait for STX, a word of the command's own choice and a newline, while it runs."""
+        self._until(re.compile(b"\x02" + re.escape(word.encode()) + rb"\r?\n"), f"it says {word}", timeout)
+
     def tail(self, lines: int = 20) -> str:
         text = self.said.decode(errors="replace").replace("\r\n", "\n")
         return "--- the end of the guest's console:\n" + "\n".join(text.splitlines()[-lines:])

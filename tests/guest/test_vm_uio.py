@@ -73,7 +73,17 @@ def test_audit_says_unsafe(found: dict[str, Any]) -> None:
 
 
 def test_a_driver_that_is_killed_is_started_again(found: dict[str, Any]) -> None:
-    assert (found["killed"], found["second"], found["ended"]) == (-9, True, 0)
+    assert (found["killed"], found["second"]) == (-9, True)
+
+
+def test_a_card_that_is_pulled_ends_its_driver_with_a_line(found: dict[str, Any]) -> None:
+    status, said = found["pulled"]
+    assert status == 1
+    assert "taken away by its host" in said.splitlines()[-1]
+
+
+def test_a_card_that_is_plugged_in_again_is_driven_again(found: dict[str, Any]) -> None:
+    assert (found["third"], found["ended"]) == (True, 0)
 
 
 def test_the_host_saw_nothing_wrong(found: dict[str, Any]) -> None:

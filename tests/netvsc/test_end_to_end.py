@@ -15,7 +15,7 @@ from tests.netvsc.pair import PATIENCE, SMALL, End, Pair, pair
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.drivers.netvsc.state import GOOD_IP_CHECKSUM, GOOD_L4_CHECKSUM
-from vfio_vmbus.errors import RefusedError, UsageError, WaitTimeout
+from vfio_vmbus.errors import RefusedError, RescindedError, UsageError
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.memory.kernel import INTERPRETED
 from vfio_vmbus.testing.leaks import nothing_left
@@ -443,13 +443,15 @@ def test_a_driver_that_just_goes() -> None:
 
 
 def test_a_device_that_is_taken_away(both: Pair) -> None:
-    """Its driver waits in vain, and in time; the others stay."""
+    """Its driver hears of it whatever it does; the others stay."""
     card = both.host.add_nic("goes")
     with open_device(both.host.attach(card)) as device:
-        nic = Netvsc(device, timeout=0.2, **SMALL)
+        nic = Netvsc(device, **SMALL)
+        nic.check()
         both.host.rescind(card)
         eventually(lambda: device.rescinded, "the rescind")
-        with pytest.raises(WaitTimeout):
-            nic.query(oid.OID_GEN_LINK_SPEED)
+        for call in (nic.check, lambda: nic.query(oid.OID_GEN_LINK_SPEED)):
+            with pytest.raises(RescindedError, match="taken away by its host"):
+                call()
         nic.close()
     passes(both)

@@ -35,7 +35,7 @@ def capture(
 ) -> Captured:
     """Write received frames with the time of their arrival here until `frames` or `seconds` are over, or `stop` says so.
 
-    Raises UsageError for a file that cannot be written, PeerError when the host breaks the protocol.
+    Raises UsageError for a file that cannot be written, PeerError when the host breaks the protocol or takes the card away.
     """
     try:
         with open(path, "wb") as file:
@@ -59,6 +59,7 @@ def _write(
         nic.poll()
         burst = nic.queue.rx_burst()
         if not len(burst):
+            nic.check()
             nic.queue.wait(0.1)
             continue
         now = time.time()

@@ -39,7 +39,8 @@ def replay(
 ) -> Replayed:
     """Send all frames `loops` times, until the host has taken them: as fast as the card takes them, or at the pace of the recording.
 
-    Raises UsageError for a file that is no capture or has frames beyond the MTU, WaitTimeout when the host takes nothing any more.
+    Raises UsageError for a file that is no capture or has frames beyond the MTU, WaitTimeout when the host takes nothing any more,
+    RescindedError when it takes the card away.
     """
     frames = read_frames(path, nic.info.mtu + 18)
     sizes = np.array([len(data) for _, data in frames], np.int64)
@@ -70,7 +71,7 @@ def _drain(nic: Netvsc) -> None:
             return
         if time.monotonic() > deadline:
             raise WaitTimeout(f"the host to take {nic.queue.unanswered} transfers", PATIENCE)
-        nic.queue.wait(0.01)
+        _rest(nic)
 
 
 def _paced(nic: Netvsc, table: Block, times: list[int]) -> None:
@@ -93,4 +94,10 @@ def _send(nic: Netvsc, table: Block, first: int, last: int) -> None:
         if time.monotonic() > deadline:
             raise WaitTimeout("room to send", PATIENCE)
         nic.queue.rx_burst()  # completions stand behind received frames, which nobody wants here
-        nic.queue.wait(0.01)
+        _rest(nic)
+
+
+def _rest(nic: Netvsc) -> None:
+    """Give the host time. Raises what has become of the card."""
+    nic.check()
+    nic.queue.wait(0.01)

@@ -19,18 +19,25 @@ from .stopping import stoppable
 
 if TYPE_CHECKING:
     from ..dataplane.worker import Worker
+    from ..drivers.netvsc.driver import Netvsc
 
 app = typer.Typer(help="Drive a VMBus network card from user space.", no_args_is_help=True, rich_markup_mode=None)
 
 _COMPILING = "starting (the first start compiles the data path, some seconds)"
 
 
-def _wait(stop: threading.Event, seconds: float | None, worker: Worker, watch: Any, shown: Progress, verb: str) -> float:
-    """Until stopped, `seconds` are over or the worker has failed, saying how many frames `watch` counts. Returns how long it was."""
+def _wait(
+    stop: threading.Event, seconds: float | None, nic: Netvsc, worker: Worker, watch: Any, shown: Progress, verb: str
+) -> float:
+    """Until stopped, `seconds` are over or the worker has failed, saying how many frames `watch` counts. Returns how long it was.
+
+    Raises what has become of the card.
+    """
     start = time.monotonic()
     while not stop.wait(0.5 if seconds is None else max(0.0, min(0.5, start + seconds - time.monotonic()))):
         if not worker.running or (seconds is not None and time.monotonic() - start >= seconds):
             break
+        nic.check()
         shown.say(f"{count(watch())} frames {verb}, {time.monotonic() - start:.0f} s; Ctrl-C ends")
     return time.monotonic() - start
 
@@ -89,7 +96,7 @@ def tap(
         from ..apps.tap import TapBridge
 
         with TapBridge(card.nic, interface, poll=poll) as bridge:
-            elapsed = _wait(stop, seconds, bridge.worker, lambda: sum(_frames(bridge.counters())), shown, "passed")
+            elapsed = _wait(stop, seconds, card.nic, bridge.worker, lambda: sum(_frames(bridge.counters())), shown, "passed")
             bridge.check()
         result = {"tap": name, "mac": interface.mac, "seconds": round(elapsed, 2), **asdict(bridge.counters())}
         _report(card, result, as_json, f"TAP {name}")
@@ -127,7 +134,7 @@ def fwd(
         from ..apps.forward import Forwarder
 
         with Forwarder(card.nic, poll=poll) as forwarder:
-            elapsed = _wait(stop, seconds, forwarder.worker, lambda: forwarder.counters().sent, shown, "sent back")
+            elapsed = _wait(stop, seconds, card.nic, forwarder.worker, lambda: forwarder.counters().sent, shown, "sent back")
         counters = forwarder.counters()  # of a loop that has ended: read while it runs, they need not agree with each other
         result = {**asdict(counters), "seconds": round(elapsed, 2), "mpps": round(counters.sent / elapsed / 1e6, 3)}
         _report(card, result, as_json, "Forwarded")

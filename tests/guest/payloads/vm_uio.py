@@ -21,11 +21,14 @@ Report = Callable[[Any], None]
 OUTSIDE, INSIDE = "10.9.0.1", "10.9.0.2"
 UNSAFE = "--enable-unsafe-noiommu-mode"
 TAP = "vm0"
+PULL, PLUG = "pull the card", "plug it in again"
+COMPLAINTS = Path("/run/complaints")
+"""What the last `net tap` complained of."""
 PATIENCE = 300.0
 
 
 def outside(report: Report, kernel: str, initrd: str, disk: str) -> dict[str, Any]:
-    """Boot, have `inside` run there, and look at it from the namespace and the host."""
+    """Boot, have `inside` run there, pull its card and plug it in again, and look at it from the namespace and the host."""
     from guest.vm import MIB, Images, inner
 
     from vfio_vmbus.apps.lab import Lab, NamespaceSpec
@@ -39,7 +42,12 @@ def outside(report: Report, kernel: str, initrd: str, disk: str) -> dict[str, An
         guest = stack.enter_context(inner(Images.of(kernel, initrd, disk), host, nic, memory=640 * MIB))
         guest.shell.run("sysctl -w vm.nr_hugepages=64")
         report("booted")
-        status, said = guest.shell.status(f"py {__file__} inside '{{}}'", PATIENCE)
+        guest.shell.send(f"py {__file__} inside '{{}}'")
+        guest.shell.hear(PULL, PATIENCE)
+        guest.hyperv.rescind(nic)
+        guest.shell.hear(PLUG, PATIENCE)
+        guest.hyperv.offer(nic)
+        status, said = guest.shell.answer(PATIENCE)
         messages = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
         failed = [message["error"] for message in messages if "error" in message]
         if status or failed:
@@ -53,8 +61,9 @@ def outside(report: Report, kernel: str, initrd: str, disk: str) -> dict[str, An
 
 
 def inside(report: Report) -> dict[str, Any]:
-    """There and back: the kernel's card, ours, driven, its driver killed and started again, the kernel's."""
-    from vfio_vmbus.bus import vmbus
+    """There and back: the kernel's card, ours, driven, its driver killed and started again, the card pulled under it and plugged in
+    again, the kernel's."""
+    from vfio_vmbus.bus import uio, vmbus
     from vfio_vmbus.wire.guids import CLASS_NETWORK
 
     def card() -> Any:
@@ -80,8 +89,16 @@ def inside(report: Report) -> dict[str, Any]:
     report("killed")
     second = start_tap(name)
     said["second"] = reach()
-    os.kill(second, signal.SIGTERM)
-    said["ended"] = end_of(second)
+    report("driven again")
+    say(PULL)
+    said["pulled"] = [end_of(second), COMPLAINTS.read_text()]
+    wait_until(lambda: all(device.name != name for device in vmbus.devices()), "the kernel has let go of it")
+    say(PLUG)
+    uio.find(name, wait=PATIENCE)
+    third = start_tap(name)
+    said["third"] = reach()
+    os.kill(third, signal.SIGTERM)
+    said["ended"] = end_of(third)
     said["unbind"] = command("unbind", name, "--json")["status"]
     said["back"] = card().driver
     return said
@@ -129,15 +146,15 @@ def start_tap(name: str) -> int:
     pid = os.fork()
     if pid == 0:
         said = command("net", "tap", TAP, "--device", f"vmbus:{name}", "--poll", "interrupt", UNSAFE)
-        print(said["complained"], file=sys.stderr, flush=True)
+        COMPLAINTS.write_text(said["complained"])
         os._exit(said["status"])
     from pyroute2 import IPRoute
 
-    end = time.monotonic() + PATIENCE
-    while not Path("/sys/class/net", TAP).exists():
-        assert os.waitpid(pid, os.WNOHANG)[0] == 0, "net tap ended"
-        assert time.monotonic() < end, "net tap made no TAP"
-        time.sleep(0.05)
+    def made() -> bool:
+        assert os.waitpid(pid, os.WNOHANG)[0] == 0, f"net tap ended: {COMPLAINTS.read_text()}"
+        return there()
+
+    wait_until(made, "net tap has made its TAP")
     with IPRoute() as route:
         index = route.link_lookup(ifname=TAP)[0]
         route.addr("add", index=index, address=INSIDE, prefixlen=24)
@@ -160,7 +177,21 @@ def reach() -> bool:
 def end_of(pid: int) -> int:
     """The exit status of a process, or its signal, negative; its TAP is gone then."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    end = time.monotonic() + PATIENCE
-    while Path("/sys/class/net", TAP).exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until(lambda: not there(), "its TAP is gone")
     return status
+
+
+def there() -> bool:
+    return Path("/sys/class/net", TAP).exists()
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
+
+
+def say(word: str) -> None:
+    """To `outside`, while this runs."""
+    Path("/dev/console").write_text(f"\x02{word}\n")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ...channel.device import READ, WRITE, DmaBuffer, SharedBuffer, VmbusDevice
-from ...errors import ClosedError, PeerError, ProtocolError, RefusedError, UsageError
+from ...errors import ClosedError, PeerError, ProtocolError, RefusedError, RescindedError, UsageError
 from ...wire import ndis, nvsp, oid, rndis
 from ...wire.guids import CLASS_NETWORK
 from ...wire.ring import PACKET_INBAND, Packet
@@ -84,7 +84,7 @@ class Netvsc:
         self._channel = device.open(ring_pages)
         self._shared: list[SharedBuffer | DmaBuffer] = []
         self.queues = [Queue(self._channel, burst)]
-        self._rpc = Rpc(self.queues[0], timeout, self._on_mail, self._on_control)
+        self._rpc = Rpc(self.queues[0], timeout, self.check, self._on_mail, self._on_control)
         try:
             self._version = self._agree(max_version)
             self._configure()
@@ -142,6 +142,14 @@ class Netvsc:
     def poll(self) -> None:
         """Take in what the host said between frames (link changes). Call it now and then; `link` is then as of now."""
         self._rpc.poll()
+
+    def check(self) -> None:
+        """Raise RescindedError when the host has taken the card away; ClosedError, PeerError for what else has become of the way to it.
+
+        The rings of such a card look empty for ever, so whoever waits calls this now and then; kernels may run on the queue meanwhile.
+        """
+        if self.device.rescinded:
+            raise RescindedError(f"{self.device.name} was taken away by its host")
 
     def query(self, number: int, size: int = 0) -> bytes:
         """The value of an object; exactly `size` bytes, if given. Raises RefusedError, ProtocolError."""

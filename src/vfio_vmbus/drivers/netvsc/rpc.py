@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ...errors import PeerError, ProtocolError, UsageError, WaitTimeout
+from ...errors import ClosedError, PeerError, ProtocolError, UsageError, WaitTimeout
 from ...wire import nvsp, rndis
 from ...wire.ring import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_INBAND, Packet
 from ...wire.table import Side
@@ -26,11 +26,20 @@ _FIRST_TRANSACTION = 1 << 32
 
 
 class Rpc:
-    """mail, control: get RNDIS and NVSP messages that answer nothing."""
+    """check: raises what has become of the device while an answer is waited for. mail, control: get RNDIS and NVSP messages that answer
+    nothing."""
 
-    def __init__(self, queue: Queue, timeout: float, mail: Callable[[bytes], None], control: Callable[[Packet], None]) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        timeout: float,
+        check: Callable[[], None],
+        mail: Callable[[bytes], None],
+        control: Callable[[Packet], None],
+    ) -> None:
         self._queue = queue
         self._timeout = timeout
+        self._check = check
         self._mail = mail
         self._control = control
         self._transaction = _FIRST_TRANSACTION
@@ -41,7 +50,7 @@ class Rpc:
         self._answer: tuple[rndis.RndisMessage, bytes] | None = None
 
     def ask_nvsp(self, message: nvsp.NvspMessage, answer: type[N]) -> N:
-        """Ask and wait for the completion. Raises ProtocolError for another answer, WaitTimeout for none."""
+        """Ask and wait for the completion. Raises ProtocolError for another answer, WaitTimeout for none, and what `check` raises."""
         self._completion = None
         self._asked = self._transaction + 1
         self._post(message, True)
@@ -72,7 +81,7 @@ class Rpc:
 
     def leave(self, steps: Iterable[Callable[[], Any]]) -> None:
         """Say good-bye step by step; a host that does not listen any more ends it early."""
-        with suppress(PeerError, UsageError):
+        with suppress(PeerError, UsageError, ClosedError):
             for step in steps:
                 step()
 
@@ -145,4 +154,5 @@ class Rpc:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise WaitTimeout(awaited, self._timeout)
+            self._check()
             self._queue.wait(min(left, 0.05))
