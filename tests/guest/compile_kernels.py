@@ -10,7 +10,7 @@ from vfio_vmbus.apps.tap import TapBridge
 from vfio_vmbus.channel.opening import open_device
 from vfio_vmbus.drivers.netvsc.driver import Netvsc
 from vfio_vmbus.host.embedded import EmbeddedHost
-from vfio_vmbus.vm import hyperv  # noqa: F401  (its kernels are compiled when it is imported)
+from vfio_vmbus.vm import synic  # noqa: F401  (its kernels are compiled when it is imported)
 
 PEER = b"\x02\0\0\0\0\1"
 

@@ -219,7 +219,7 @@ def in_pipes(report: Callable[[Any], None], kernel: str, image: str, folder: str
     return found
 
 
-def refused(kernel: str, image: str) -> dict[str, Any]:
+def refused(report: Callable[[Any], None], kernel: str, image: str) -> dict[str, Any]:
     """What is no guest: exit status, stdout, stderr of each."""
     wrong = {
         "no bzImage": ("--kernel", image),

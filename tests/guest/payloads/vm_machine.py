@@ -191,9 +191,21 @@ def refusals(report: Report) -> list[str]:
 
 
 def linux(
-    report: Report, kernel: str, initrd: str, cpus: int = 1, words: str = WORDS, pmem: Sequence[str] = (), do: Sequence[str] = ()
+    report: Report,
+    kernel: str,
+    initrd: str,
+    cpus: int = 1,
+    words: str = WORDS,
+    pmem: Sequence[str] = (),
+    do: Sequence[str] = (),
+    hyperv: bool = True,
 ) -> Any:
-    """A bare Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to."""
+    """A Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to.
+
+    hyperv: it finds itself on Hyper-V, with a host that never comes; else on KVM.
+    """
+    from vfio_vmbus.vm.hyperv import Hyperv
+
     begun = time.monotonic()
     shell = Shell(lambda data: machine.feed(data), lambda: machine.ended)
     with (
@@ -206,6 +218,7 @@ def linux(
             memory=256 * MIB,
             console=shell,
             pmem=list(map(Path, pmem)),
+            paravirt=Hyperv() if hyperv else None,
         ) as machine,
     ):
         machine.start()
