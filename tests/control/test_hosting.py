@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -111,6 +112,26 @@ def test_a_device_goes_and_comes_again(host: EmbeddedHost, subject: HostSubject)
         with Netvsc(second) as again:
             assert again.mac == card.mac
         second.close()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_cards_cable_is_pulled_before_the_card_unless_it_breaks(
+    host: EmbeddedHost, subject: HostSubject, at_once: bool
+) -> None:
+    """Its driver, which sends all the time, stops when it hears so; what it sent by then has been taken, and completed."""
+    nic = host.add_nic("nic0")
+    with open_device(host.attach(nic)) as device, Netvsc(device) as card, ThreadPoolExecutor(1) as pool:
+        order = pool.submit(subject.carry_out, Rescind("nic0", at_once))
+        while card.link and not device.rescinded:
+            card.queue.send([b"\xff" * 6 + card.mac + bytes(50)])
+            card.queue.rx_burst()
+            card.poll()
+        assert order.result(DEADLINE).startswith("nic0: taken away from ")
+        assert card.link is at_once
+        if not at_once:
+            card.queue.rx_burst()
+            assert card.queue.unanswered == 0
+    assert nic.link is True  # for whoever has it next
 
 
 def test_a_new_mtu_comes_with_a_new_offer(host: EmbeddedHost, subject: HostSubject) -> None:

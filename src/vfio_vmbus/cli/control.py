@@ -73,7 +73,14 @@ def link(
 
 
 @app.command()
-def rescind(context: typer.Context, device: DeviceArgument) -> None:
+def rescind(
+    context: typer.Context,
+    device: DeviceArgument,
+    at_once: Annotated[
+        bool,
+        typer.Option("--at-once", help="Without a warning; else a card's link goes down first, and its driver stops sending."),
+    ] = False,
+) -> None:
     """Take a device away from its client.
 
     As when it is removed from a running machine.
@@ -82,7 +89,7 @@ def rescind(context: typer.Context, device: DeviceArgument) -> None:
     """
     from ..control.messages import Rescind
 
-    _order(context, Rescind(device))
+    _order(context, Rescind(device, at_once))
 
 
 @app.command()

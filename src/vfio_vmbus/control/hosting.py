@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
+from typing import Final
 
 from ..bus.policy import Isolation
 from ..errors import UsageError
@@ -14,6 +16,12 @@ from ..wire.vmbus import version_text
 from .messages import Client, Command, Device, Link, Mtu, Offer, Port, Rescind
 
 SOFTWARE_IOMMU = "software IOMMU: a client's device reaches only what it mapped"
+
+
+_QUIET: Final = 0.3
+"""Seconds without a frame, after which a driver has seen that its link is down."""
+_PATIENCE: Final = 3.0
+"""Seconds that a driver may take to see it: Linux tells two changes of a link no closer than 2 s."""
 
 
 class HostSubject:
@@ -41,8 +49,8 @@ class HostSubject:
             case Link(nic=name, up=up):
                 self._host.set_link(self._nic(name), up)
                 return f"{name}: link {'up' if up else 'down'}"
-            case Rescind(device=name):
-                return f"{name}: taken away from {self._rescind(name).name}"
+            case Rescind(device=name, at_once=at_once):
+                return f"{name}: taken away from {self._rescind(name, at_once=at_once).name}"
             case Offer(device=name, client=client):
                 return f"{name}: offered to {self._offer(name, client).name}"
             case Mtu(nic=name, size=size):
@@ -66,18 +74,29 @@ class HostSubject:
     def _holder(self, device: Vsp) -> HostEnd | None:
         return next((end for end in self._host.clients() if end.has(device)), None)
 
-    def _rescind(self, name: str) -> HostEnd:
+    def _rescind(self, name: str, *, at_once: bool) -> HostEnd:
         device = self._named(name)
-
-        def rescind() -> HostEnd:
-            holder = self._holder(device)
-            if holder is None:
-                raise UsageError(f"{name}: no client has it")
+        holder = self._host.run(lambda: self._holder(device))
+        if holder is None:
+            raise UsageError(f"{name}: no client has it")
+        if at_once or not isinstance(device, Netvsp):
             self._host.rescind(device)
-            return holder
+        else:
+            self._unplug(device)
+        self._taken[name] = holder
+        return holder
 
-        self._taken[name] = self._host.run(rescind)
-        return self._taken[name]
+    def _unplug(self, nic: Netvsp) -> None:
+        """Pull a card's cable, wait until its driver sends no more, and take it away then: Linux's hv_netvsc waits for ever for completions
+        of frames that are on their way when its channel goes (rndis_filter_halt_device), and holds the lock of all its network meanwhile.
+        """
+        link = nic.link
+        self._host.set_link(nic, False)
+        try:
+            _until_quiet(nic)
+            self._host.rescind(nic)
+        finally:
+            self._host.set_link(nic, link)  # of whoever has it next
 
     def _offer(self, name: str, client: str | None) -> HostEnd:
         """To the client that it was taken from, or the one that is named, or the only one."""
@@ -115,7 +134,7 @@ class HostSubject:
             raise UsageError(f"MTU {size}: take 68 to 9000 bytes")
         holder = self._host.run(lambda: self._holder(nic))
         if holder is not None:
-            self._host.rescind(nic)
+            self._unplug(nic)
         self._host.run(lambda: nic.set_mtu(size))
         if isinstance(holder, Connection):
             self._host.offer(holder, nic)
@@ -154,3 +173,14 @@ class HostSubject:
             errors=end.error_count,
             last_error=str(end.errors[-1]) if end.errors else None,
         )
+
+
+def _until_quiet(nic: Netvsp) -> None:
+    """Until the client sends no more, or takes no notice."""
+    now = quiet_since = time.monotonic()
+    end, sent = now + _PATIENCE, nic.counter("sent_frames")
+    while now < end and now - quiet_since < _QUIET:
+        time.sleep(0.02)
+        now = time.monotonic()
+        if (count := nic.counter("sent_frames")) != sent:
+            sent, quiet_since = count, now

@@ -35,9 +35,10 @@ class Link(_Request, frozen=True):
 
 
 class Rescind(_Request, frozen=True):
-    """Take a device away from its client."""
+    """Take a device away from its client. at_once: without a warning, as when it breaks; else a card's cable is pulled first."""
 
     device: str
+    at_once: bool = False
 
 
 class Offer(_Request, frozen=True):

@@ -198,12 +198,9 @@ def linux(
     words: str = WORDS,
     pmem: Sequence[str] = (),
     do: Sequence[str] = (),
-    hyperv: bool = True,
 ) -> Any:
-    """A Linux: commands over its serial console, and the answer to each; then what the last one, sent without waiting, led to.
-
-    hyperv: it finds itself on Hyper-V, with a host that never comes; else on KVM.
-    """
+    """A Linux on a Hyper-V whose host never comes: commands over its serial console, and the answer to each; then what the last one, sent
+    without waiting, led to."""
     from vfio_vmbus.vm.hyperv import Hyperv
 
     begun = time.monotonic()
@@ -218,7 +215,7 @@ def linux(
             memory=256 * MIB,
             console=shell,
             pmem=list(map(Path, pmem)),
-            paravirt=Hyperv() if hyperv else None,
+            paravirt=Hyperv(),
         ) as machine,
     ):
         machine.start()

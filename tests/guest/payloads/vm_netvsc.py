@@ -11,6 +11,8 @@ from typing import Any
 from guest.vm import Images, Inner, held, inner, take
 
 from vfio_vmbus.apps.lab import Lab, Namespace, NamespaceSpec
+from vfio_vmbus.control.hosting import HostSubject
+from vfio_vmbus.control.messages import Offer, Rescind
 from vfio_vmbus.host.embedded import EmbeddedHost
 from vfio_vmbus.host.netvsp.vsp import Netvsp
 from vfio_vmbus.wire.vmbus import SUPPORTED_VERSIONS
@@ -154,17 +156,13 @@ class Cards:
         return got
 
     def rescind(self) -> int:
-        """The card goes and comes while it is busy both ways; the other one is busy all the time.
-
-        Its cable is pulled first: hv_netvsc waits for ever for the completions of what was on its way when its channel was rescinded.
-        """
+        """The card goes and comes while it is busy both ways; the other one is busy all the time."""
+        orders = HostSubject(self.host)
         with self._load() as pings:
             for _ in range(3):
-                self._plug(False)
-                self.guest.hyperv.rescind(self.first)
+                orders.carry_out(Rescind(self.first.name))
                 self.guest.gone(self.first)
-                self.host.set_link(self.first, True)
-                self.guest.hyperv.offer(self.first)
+                orders.carry_out(Offer(self.first.name))
                 self.eth = self.guest.configure(self.first, f"{INSIDE}/24")
                 self.shell.run(f"ping -c 1 -W 20 {OUTSIDE}")
         self.echo()
