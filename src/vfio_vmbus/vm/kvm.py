@@ -37,7 +37,7 @@ _NEEDED: Final = {
     "SET_IDENTITY_MAP_ADDR": uapi.CAP_SET_IDENTITY_MAP_ADDR,
     "ENABLE_CAP_VM": uapi.CAP_ENABLE_CAP_VM,
 }
-"""What no machine goes without; what its Hyper-V side needs, that side asks for (`Kvm.require`)."""
+"""What no machine goes without; what its Hyper-V side needs, that side asks for (`Hyperv.prepare`)."""
 
 _UNAVAILABLE: Final = frozenset(
     (
@@ -141,13 +141,13 @@ class Kvm(_Descriptor):
             version = self._ioctl("GET_API_VERSION", 0, "")
             if version != uapi.API_VERSION:
                 raise UnavailableError(f"{path} speaks version {version} of KVM's interface, need {uapi.API_VERSION}")
-            self.require(**_NEEDED)
+            self._require(**_NEEDED)
             self.run_size = self._ioctl("GET_VCPU_MMAP_SIZE", 0, "")
             if self.run_size < uapi.RUN_MIN_SIZE:
                 raise UnavailableError(f"this KVM is too old: it shares {self.run_size} bytes a vCPU, need {uapi.RUN_MIN_SIZE}")
             stack.pop_all()
 
-    def require(self, **capabilities: int) -> None:
+    def _require(self, **capabilities: int) -> None:
         """Raise UnavailableError, with their names, unless this KVM has all of these capabilities."""
         missing = [f"KVM_CAP_{name}" for name, number in capabilities.items() if not self.has(number)]
         if missing:

@@ -25,9 +25,9 @@ from .state import MAX_MESSAGES
 
 MAX_TRANSACTION = (1 << 63) - 1
 MAX_CONTROL = 4096
+"""Bytes of a control transfer."""
 MAX_WISH = 65535
 """Bytes of the longest frame that a guest may ask for; Linux lets an MTU of 65521 be set."""
-"""Bytes of a control transfer."""
 MAX_WAITING = 16
 """Answers that may wait for room while more packets are taken."""
 MAX_TRANSFER = 0x4000
