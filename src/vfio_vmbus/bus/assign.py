@@ -79,17 +79,15 @@ def give_back(
     target = resolve(text, machine)
     guard = _guard(text, target, force, machine, environment)
     guard(target)
-    known = Record(target.name, state).read()
+    known, seat = Record(target.name, state).read(), _seat(target, machine)
     if known is not None:
-        handover.check_back(_seat(target, machine), known)
-    forgotten = persist.forget(target, machine, probe=known is None)
-    if known is not None:
-        unbound = _unbind(target, machine, state)
-    elif forgotten is not None and forgotten.by == "driverctl":  # bound before the last reboot: its default driver has it now
-        now = machine.target(machine.sysfs / "bus" / target.bus / "devices" / target.name / "driver")
-        unbound = Binding(target.name, now or "none", now, None, target.bus)
+        handover.check_back(seat, known)
+    elif persist.saved(target, machine):  # bound before the last reboot
+        handover.check_writable(seat, None)
     else:
         raise UsageError(f"{text} was not bound here: there is no {Record(target.name, state).path}")
+    forgotten = persist.forget(target, machine)
+    unbound = _unbind(target, machine, state) if known is not None else handover.give_to_default(seat)
     return _assigned(target, unbound, machine, forgotten)
 
 
