@@ -97,6 +97,14 @@ def test_what_somebody_has_open_is_not_taken_away(kernel: VmbusKernel, state: Pa
     give_back(NIC0, force=True, machine=kernel, state=state)
 
 
+def test_what_was_not_bound_here_is_told_so_before_anything_else(kernel: VmbusKernel, state: Path) -> None:
+    """Nobody is led to --force by a default route."""
+    put(kernel.proc / "net/route", ROUTES.format("eth0"))
+    with pytest.raises(UsageError, match=rf"eth0 was not bound here .*: vfio-vmbus bind {NIC0} --driver NAME gives it"):
+        give_back("eth0", machine=kernel, state=state)
+    assert kernel.written == []
+
+
 def test_a_rule_for_udev_is_written_and_removed(kernel: VmbusKernel, state: Path, tmp_path: Path) -> None:
     """Also where driverctl is installed: the dashes of a GUID are lost on the way to its service."""
     log, before = with_driverctl(tmp_path), kernel.state()

@@ -77,15 +77,17 @@ def give_back(
 ) -> Assigned:
     """Put back what the device had before, and forget what was made to last. Raises as `assign`; UsageError for what was not bound here."""
     target = resolve(text, machine)
-    guard = _guard(text, target, force, machine, environment)
-    guard(target)
     known, seat = Record(target.name, state).read(), _seat(target, machine)
+    if known is None and not persist.saved(target, machine):
+        raise UsageError(
+            f"{text} was not bound here (there is no {Record(target.name, state).path}), so what it had before is not known: "
+            f"vfio-vmbus bind {target.name} --driver NAME gives it to the driver that you name"
+        )
+    _guard(text, target, force, machine, environment)(target)
     if known is not None:
         handover.check_back(seat, known)
-    elif persist.saved(target, machine):  # bound before the last reboot
+    else:  # bound before the last reboot
         handover.check_writable(seat, None)
-    else:
-        raise UsageError(f"{text} was not bound here: there is no {Record(target.name, state).path}")
     forgotten = persist.forget(target, machine)
     unbound = _unbind(target, machine, state) if known is not None else handover.give_to_default(seat)
     return _assigned(target, unbound, machine, forgotten)
