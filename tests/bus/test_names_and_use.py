@@ -26,6 +26,7 @@ def here(tmp_path: Path) -> Machine:
     made = machine(tmp_path)
     nic = vmbus_device(made, NIC0, NETWORK, driver="hv_netvsc", name="vmbus_1")
     disk = vmbus_device(made, DISK0, SCSI, driver="hv_storvsc")
+    uio_device(made, disk)
     card = made.sysfs / "devices/pci0000:00" / CARD
     put(card / "vendor", "0x1af4\n")
     link(card / "subsystem", made.sysfs / "bus/pci")
@@ -55,6 +56,7 @@ def here(tmp_path: Path) -> Machine:
         (DISK0, "vmbus", DISK0),
         ("sda", "vmbus", DISK0),
         ("sda1", "vmbus", DISK0),
+        ("uio0", "vmbus", DISK0),
         ("00:04.0", "pci", CARD),
         (CARD, "pci", CARD),
         (f"pci:{CARD}", "pci", CARD),
@@ -65,7 +67,7 @@ def test_all_the_names_of_a_device(here: Machine, text: str, bus: str, name: str
     assert resolve(text, here) == Target(bus, name)
 
 
-@pytest.mark.parametrize("text", ["", ".", "..", "../vmbus_1", "/dev/uio0", "eth0/device", "a\nb", "vmbus:../x"])
+@pytest.mark.parametrize("text", ["", " ", ".", "..", "../vmbus_1", "/dev/uio0", "eth0/device", "a\nb", "vmbus:../x"])
 def test_what_looks_like_a_path_is_no_device(here: Machine, text: str) -> None:
     with pytest.raises(UsageError, match="is no device: take an instance GUID"):
         resolve(text, here)

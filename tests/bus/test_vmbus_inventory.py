@@ -91,9 +91,10 @@ def test_classes_beyond_linux_and_none_at_all(tmp_path: Path) -> None:
     here = machine(tmp_path)
     vmbus_device(here, NIC0, "00000400-facb-11e6-bd58-64006a7986d3", name="a")
     vmbus_device(here, NIC0, "8b60ccf6-709f-4c11-90b5-229c959a9e6a", name="b")
-    vmbus_device(here, NIC0, "01234567-0000-0000-0000-000000000000", name="c")
+    vmbus_device(here, NIC0, "6e382d18-3336-4f4b-acc4-2b7703d4df4a", name="c")
+    vmbus_device(here, NIC0, "01234567-0000-0000-0000-000000000000", name="d")
     kinds = [found.kind for found in vmbus.devices(here)]
-    assert kinds == ["socket:1024", "serial", "01234567-0000-0000-0000-000000000000"]
+    assert kinds == ["socket:1024", "serial", "gpu", "01234567-0000-0000-0000-000000000000"]
 
 
 def test_an_old_kernel(tmp_path: Path) -> None:

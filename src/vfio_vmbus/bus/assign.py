@@ -77,19 +77,19 @@ def give_back(
 ) -> Assigned:
     """Put back what the device had before, and forget what was made to last. Raises as `assign`; UsageError for what was not bound here."""
     target = resolve(text, machine)
-    guard = _guard(text, target, force, machine, environment)
-    guard(target)
-    known = Record(target.name, state).read()
+    known, seat = Record(target.name, state).read(), _seat(target, machine)
+    if known is None and not persist.saved(target, machine):
+        raise UsageError(
+            f"{text} was not bound here (there is no {Record(target.name, state).path}), so what it had before is not known: "
+            f"vfio-vmbus bind {target.name} --driver NAME gives it to the driver that you name"
+        )
+    _guard(text, target, force, machine, environment)(target)
     if known is not None:
-        handover.check_back(_seat(target, machine), known)
-    forgotten = persist.forget(target, machine, probe=known is None)
-    if known is not None:
-        unbound = _unbind(target, machine, state)
-    elif forgotten is not None and forgotten.by == "driverctl":  # bound before the last reboot: its default driver has it now
-        now = machine.target(machine.sysfs / "bus" / target.bus / "devices" / target.name / "driver")
-        unbound = Binding(target.name, now or "none", now, None, target.bus)
-    else:
-        raise UsageError(f"{text} was not bound here: there is no {Record(target.name, state).path}")
+        handover.check_back(seat, known)
+    else:  # bound before the last reboot
+        handover.check_writable(seat, None)
+    forgotten = persist.forget(target, machine)
+    unbound = _unbind(target, machine, state) if known is not None else handover.give_to_default(seat)
     return _assigned(target, unbound, machine, forgotten)
 
 

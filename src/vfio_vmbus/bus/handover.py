@@ -198,6 +198,18 @@ def give_back(seat: Seat, state: Path | None) -> Binding:
     return binding
 
 
+def give_to_default(seat: Seat) -> Binding:
+    """To whichever driver claims it by itself, as nobody remembers what it had. Raises UnavailableError."""
+    with alone(seat):
+        had = seat.driver()
+        if seat.override() is not None:
+            seat.roots.write(seat.folder / "driver_override", _NO_OVERRIDE)
+            _release(seat, None)
+        if seat.driver() is None:
+            seat.roots.write(seat.probe, seat.name)
+    return Binding(seat.name, had or "none", seat.driver(), None, seat.bus)
+
+
 def _put_back_after(error: UnavailableError, seat: Seat, made: Binding, record: Record) -> UnavailableError:
     """The error, and what became of putting back."""
     try:

@@ -127,27 +127,37 @@ def _loaded(machine: Machine) -> Iterator[Weakness]:
 
 
 def _configured(machine: Machine) -> Iterator[Weakness]:
-    for name in machine.names(machine.etc / "modprobe.d"):
-        path = machine.etc / "modprobe.d" / name
-        for line in machine.text(path).splitlines() if name.endswith(".conf") else ():
-            words = line.split()
-            for module, parameter, why in _PARAMETERS:
-                on = [word for word in words[2:] if word.lower() in (f"{parameter}={yes}" for yes in ("1", "y", "yes"))]
-                if words[:1] == ["options"] and words[1:2] and words[1].replace("-", "_") == module and on:
-                    yield Weakness(
-                        str(path), f"{module} {on[0]}", True, f"whenever {module} is loaded, {why}", "take the line out"
-                    )
+    """In all folders of modprobe.d(5): the user's, of this run, the distribution's."""
+    for folder in (machine.etc / "modprobe.d", machine.run / "modprobe.d", machine.modules.parent / "modprobe.d"):
+        for path in (folder / name for name in machine.names(folder) if name.endswith(".conf")):
+            for line in machine.text(path).splitlines():
+                options, module, *words = [*line.split(), "", ""]
+                for word in words if options == "options" else ():
+                    why = _parameter(f"{module}.{word}")
+                    if why:
+                        yield Weakness(
+                            str(path), f"{module} {word}", True, f"whenever {module} is loaded, {why}", "take the line out"
+                        )
+
+
+def _parameter(word: str) -> str | None:
+    """What a module's parameter, as MODULE.PARAMETER=VALUE, takes away; None: nothing. Dashes are as good as underscores, a switch without
+    a value is on, and the kernel looks at a value's first letter (lib/kstrtox.c)."""
+    name, given, value = word.partition("=")
+    on = not given or value[:1].lower() in ("y", "t", "1") or value[:2].lower() == "on"
+    whys = {f"{module}.{parameter}": why for module, parameter, why in _PARAMETERS}
+    return whys.get(name.replace("-", "_")) if on else None
 
 
 def _on_the_command_line(machine: Machine) -> Iterator[Weakness]:
     where = str(machine.proc / "cmdline")
     for word in machine.text(machine.proc / "cmdline", 1 << 16).split():
         name, _, value = word.partition("=")
-        for part in value.split(","):
-            unsafe, why = _COMMAND_LINE.get((name, part)) or _COMMAND_LINE.get((name, "")) or (False, "")
-            if why:
-                shown = "".join(letter if letter.isprintable() else "?" for letter in word)[:100]
-                yield Weakness(where, shown, unsafe, why, "take it out of the boot loader's configuration, and start again")
+        found = [_COMMAND_LINE.get((name, part)) or _COMMAND_LINE.get((name, "")) for part in value.split(",")]
+        parameter = _parameter(word)
+        for unsafe, why in filter(None, [*found, (True, parameter) if parameter else None]):
+            shown = "".join(letter if letter.isprintable() else "?" for letter in word)[:100]
+            yield Weakness(where, shown, unsafe, why, "take it out of the boot loader's configuration, and start again")
 
 
 def log(machine: Machine) -> list[LogLine] | None:

@@ -1,4 +1,4 @@
-"""What a user calls a device: its instance GUID, its name on the bus, its network interface or disk, its PCI address."""
+"""What a user calls a device: its instance GUID, its name on the bus, its network interface, disk or uioN, its PCI address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from . import vmbus
 from .machine import Machine
 
 _BUSES: Final = ("vmbus", "pci")
-_FORMS: Final = "take an instance GUID, the name of a VMBus device, a network interface or disk, or a PCI address as 0000:00:04.0"
+_FORMS: Final = (
+    "take an instance GUID, the name of a VMBus device, a network interface, disk or uioN, or a PCI address as 0000:00:04.0"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def resolve(text: str, machine: Machine = Machine()) -> Target:  # noqa: B008  (
     bus, _, rest = text.partition(":")
     wanted = rest if bus in _BUSES and rest else text
     buses = (bus,) if wanted is not text else _BUSES
-    if not wanted or "/" in wanted or wanted in (".", "..") or not wanted.isprintable():
+    if not wanted.strip() or "/" in wanted or wanted in (".", "..") or not wanted.isprintable():
         raise UsageError(f"{text!r} is no device: {_FORMS}")
     found = (_on_vmbus(wanted, machine) if "vmbus" in buses else None) or (_on_pci(wanted, machine) if "pci" in buses else None)
     found = found or _by_interface(wanted, buses, machine)
@@ -71,8 +73,8 @@ def _on_pci(text: str, machine: Machine) -> Target | None:
 
 
 def _by_interface(text: str, buses: tuple[str, ...], machine: Machine) -> Target | None:
-    """Up from the interface or disk to what is on a bus: the interface of a virtio card lies below its PCI device."""
-    for kind in ("net", "block"):
+    """Up from the interface, disk or node to what is on a bus: the interface of a virtio card lies below its PCI device."""
+    for kind in ("net", "block", "uio"):
         folder = machine.sysfs / "class" / kind
         if text in machine.names(folder):
             below = real(folder / text)

@@ -1,7 +1,8 @@
-"""Making a binding outlast a reboot by what distributions have for it: driverctl, which does it, or a rule for udev, which its
-user installs.
+"""Making a binding outlast a reboot by what distributions have for it: driverctl, or a rule for udev.
 
-Source: driverctl 0.111 (it saves the driver's name in /etc/driverctl.d/BUS-NAME, and its udev rule loads it); udev(7).
+driverctl 0.111 saves the driver's name in /etc/driverctl.d/BUS-NAME, and its udev rule starts a unit of systemd that loads it. That unit
+gets the device's name unescaped, so that the dashes of a GUID have become slashes, and it fails for devices of VMBus: they get a rule.
+Source: driverctl 0.111, systemd.unit(5), udev(7).
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ _SECONDS: Final = 60
 _RULE: Final = """\
 # vfio-vmbus: {bus} device {name} is {driver}'s as soon as it appears.
 ACTION=="add", SUBSYSTEM=="{bus}", KERNEL=="{name}", ATTR{{driver_override}}="{driver}", RUN{{builtin}}+="kmod load {driver}", \
-RUN+="/bin/sh -c 'test -e /sys%p/driver && echo %k >/sys%p/driver/unbind; echo %k >/sys/bus/{bus}/drivers_probe'"
+RUN+="/bin/sh -c 'test -e /sys/bus/{bus}/drivers/{driver}/%k && exit; \
+test -e /sys%p/driver && echo %k >/sys%p/driver/unbind; echo %k >/sys/bus/{bus}/drivers_probe'"
 """
+"""A device that the driver has already is left alone: a process may have it open."""
 
 
 @dataclass(frozen=True)
 class Persistence:
-    """How a binding outlasts a reboot: by "driverctl", done, or by "udev", when the user puts `rule` into `file`."""
+    """How a binding outlasts a reboot: by "driverctl" or "udev", in `file`."""
 
     by: str
     file: Path
-    rule: str | None = None
 
 
 def check(target: Target, driver: str) -> None:
@@ -42,27 +44,44 @@ def check(target: Target, driver: str) -> None:
 
 
 def save(target: Target, driver: str, machine: Machine = Machine()) -> Persistence:  # noqa: B008  (frozen)
-    """By driverctl if it is installed, else a rule to install. The device has `driver` before and after. Raises UnavailableError."""
+    """The device has `driver` before and after. Raises UnavailableError."""
     check(target, driver)
-    if shutil.which("driverctl") is None:
-        rule = _RULE.format(bus=target.bus, name=target.name, driver=driver)
-        return Persistence("udev", _rule_file(target, machine), rule)
-    _driverctl("--bus", target.bus, "set-override", target.name, driver)
-    return Persistence("driverctl", _saved(target, machine))
+    if target.bus == "pci" and shutil.which("driverctl") is not None:
+        _driverctl("--bus", target.bus, "set-override", target.name, driver)
+        return Persistence("driverctl", _saved(target, machine))
+    file = _rule_file(target, machine)
+    beside = file.with_suffix(".new")  # udev reads *.rules, at any time
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(_RULE.format(bus=target.bus, name=target.name, driver=driver))
+        beside.replace(file)
+    except OSError as error:
+        raise UnavailableError(f"{file} cannot be written ({error.strerror}): run as root, or bind without --persist") from error
+    return Persistence("udev", file)
 
 
-def forget(target: Target, machine: Machine = Machine(), *, probe: bool) -> Persistence | None:  # noqa: B008  (frozen)
-    """Undo `save`; None if there is nothing to undo. probe: is the device to get its default driver? Raises UnavailableError.
+def saved(target: Target, machine: Machine = Machine()) -> bool:  # noqa: B008  (frozen)
+    """Is there anything to `forget`?"""
+    return _saved(target, machine).exists() or _rule_file(target, machine).exists()
 
-    A rule of udev is its user's to remove: it is told by what is returned, and has no `rule` then.
-    """
+
+def forget(target: Target, machine: Machine = Machine()) -> Persistence | None:  # noqa: B008  (frozen)
+    """Undo `save`, or driverctl's own; None if there is nothing to undo. Afterwards the device may have no driver. Raises
+    UnavailableError."""
+    found = None
+    rule = _rule_file(target, machine)
+    if rule.exists():
+        try:
+            rule.unlink()
+        except OSError as error:
+            raise UnavailableError(f"{rule} cannot be removed ({error.strerror}): run as root") from error
+        found = Persistence("udev", rule)
     if _saved(target, machine).exists():
         if shutil.which("driverctl") is None:
             raise UnavailableError(f"{_saved(target, machine)} is driverctl's, which is not installed: remove the file")
-        _driverctl("--bus", target.bus, *(() if probe else ("--noprobe",)), "unset-override", target.name)
-        return Persistence("driverctl", _saved(target, machine))
-    rule = _rule_file(target, machine)
-    return Persistence("udev", rule) if rule.exists() else None
+        _driverctl("--bus", target.bus, "--noprobe", "unset-override", target.name)
+        found = Persistence("driverctl", _saved(target, machine))
+    return found
 
 
 def _saved(target: Target, machine: Machine) -> Path:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 DeviceArgument = Annotated[
     str,
-    typer.Argument(help="Instance GUID, VMBus device, network interface, disk, or PCI address (00:04.0).", metavar="DEVICE"),
+    typer.Argument(
+        help="Instance GUID, VMBus device, network interface, disk, uioN, or PCI address (00:04.0).", metavar="DEVICE"
+    ),
 ]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Even if it carries the default route or the login, is mounted or open.")
@@ -30,7 +32,7 @@ def bind(
     ] = None,
     force: ForceOption = False,
     persist: Annotated[
-        bool, typer.Option("--persist", help="After a reboot, too: by driverctl, or a udev rule to install.")
+        bool, typer.Option("--persist", help="After a reboot, too: by driverctl (PCI) or a rule for udev.")
     ] = False,
     unsafe: Annotated[
         bool, typer.Option("--enable-unsafe-noiommu-mode", help="vfio-pci without an IOMMU: the device reaches all memory.")
@@ -48,9 +50,8 @@ def bind(
 
     done = assign(device, driver, force=force, lasting=persist, unsafe=unsafe)
     _say(done, done.binding.driver, done.binding.driver_before, as_json)
-    if done.persistence is not None and done.persistence.rule is not None and not as_json:
-        print(f"driverctl is not installed. To keep this after a reboot, put the next lines into {done.persistence.file}:")
-        print(done.persistence.rule, end="")
+    if done.persistence is not None and not as_json:
+        print(f"It stays so after a reboot, by {done.persistence.by} ({done.persistence.file}), until unbind.")
     if done.isolation in ("unsafe", "no-DMA"):
         print(f"vfio-vmbus: WARNING: {device} is {done.isolation} with {done.binding.driver}: {done.why}", file=sys.stderr)
 
@@ -58,7 +59,7 @@ def bind(
 def unbind(device: DeviceArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
     """Give a device back to the driver that it had before bind.
 
-    What --persist saved with driverctl is forgotten.
+    What --persist saved is forgotten. Bound by it when the machine started, the device goes to its default driver.
 
     Example: vfio-vmbus unbind 0000:00:04.0
     """
@@ -66,8 +67,6 @@ def unbind(device: DeviceArgument, force: ForceOption = False, as_json: JsonOpti
 
     done = give_back(device, force=force)
     _say(done, done.binding.driver_before, done.binding.driver, as_json)
-    if done.persistence is not None and done.persistence.by == "udev":
-        print(f"vfio-vmbus: {done.persistence.file} will bind it again at the next start: remove it", file=sys.stderr)
 
 
 def _say(done: Assigned, now: str | None, before: str | None, as_json: bool) -> None:
@@ -85,5 +84,5 @@ def _say(done: Assigned, now: str | None, before: str | None, as_json: bool) -> 
         "nodes": done.nodes,
     }
     if done.persistence is not None:
-        said["persist"] = {"by": done.persistence.by, "file": str(done.persistence.file), "rule": done.persistence.rule}
+        said["persist"] = {"by": done.persistence.by, "file": str(done.persistence.file)}
     print_json(said)

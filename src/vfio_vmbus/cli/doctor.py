@@ -15,7 +15,8 @@ def doctor(
     device: Annotated[
         str | None,
         typer.Argument(
-            help="To be driven: GUID, VMBus device, interface, disk or PCI address; none: the embedded host.", metavar="DEVICE"
+            help="To be driven: GUID, VMBus device, interface, disk, uioN or PCI address; none: the embedded host.",
+            metavar="DEVICE",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -79,7 +80,9 @@ def _print(found: list[Item]) -> None:
     from ..bus.policy import Isolation
 
     columns = ("device", "class", "driver", "shows", "chan", "rings KiB", "monitor", "isolation")
-    print_table("", columns, [_cells(item) for item in found])
+    rows = [_cells(item) for item in found]
+    said = [index for index, cells in enumerate(zip(*rows, strict=True)) if set(cells) != {"-"}]
+    print_table("", [columns[index] for index in said], [[row[index] for index in said] for row in rows])
     for item in found:
         if item.isolation not in (None, Isolation.KERNEL):
             print(f"{item.device}: {item.isolation}: {item.why}")
@@ -132,9 +135,16 @@ def _changing(seconds: float | None) -> Iterator[list[Item]]:
         while True:
             yield _items()
             left = _LOOK_AGAIN if end is None else min(_LOOK_AGAIN, end - time.monotonic())
-            if left <= 0:
+            if left <= 0 or _nobody_reads():
                 return
             uevents.wait(left)
+
+
+def _nobody_reads() -> bool:
+    """Has the other end of the pipe or terminal gone? Without a change nothing is printed, which would tell."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    return bool(poller.poll(0))
 
 
 def _steady(row: dict[str, Any]) -> dict[str, Any]:

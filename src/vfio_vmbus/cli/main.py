@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated, Any
+import warnings
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from .. import __version__
 from ..errors import UnavailableError, UsageError, VfioVmbusError
 from . import audit, balloon, binding, console, control, demo, doctor, listing, net, serve, status, vm
+from .output import printable
 
 app = typer.Typer(
     name="vfio-vmbus",
@@ -58,12 +60,17 @@ def _options(
 
 _WrongUse: Any = typer.BadParameter.__base__
 """click's UsageError, wherever this version of typer keeps it."""
+_LONGEST = 1000
+"""Letters of a complaint: what was typed is in it, however long."""
 
 
 def main() -> None:
     """Run the command line, and exit."""
+    _open_what_is_closed()
+    warnings.showwarning = _warn
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where it can be told that it fails
         sys.exit(status if isinstance(status, int) else 0)
     except _WrongUse as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page
@@ -78,10 +85,42 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted", 130)
     except BrokenPipeError:  # whoever read has had enough: nothing to complain about
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         sys.exit(141)
+    except OSError as error:  # as a full disk under stdout
+        if "--debug" in sys.argv:
+            raise
+        _print_no_more()
+        _complain(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None), 1)
+
+
+def _open_what_is_closed() -> None:
+    """Started with a standard stream closed, Python has None for it, and the next file that is opened would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (as long as the process)
+
+
+def _print_no_more() -> None:
+    """What is left in the buffer would fail again at the end, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Where in the sources it comes from is nothing to a user."""
+    print(f"vfio-vmbus: {printable(str(message))}", file=sys.stderr)
 
 
 def _complain(text: str, status: int) -> None:
-    print(f"vfio-vmbus: {text}", file=sys.stderr)
+    line = printable(text)
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print(f"vfio-vmbus: {line}", file=sys.stderr)
     sys.exit(status)

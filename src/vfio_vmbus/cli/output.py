@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 _PADDING = 3
 """Columns of the terminal that a table puts around each of its own."""
+_PIPE = 120
+"""Columns of what is no terminal; a table may be wider there, except for a column that is cut short."""
 
 
 def print_json(value: Any) -> None:
@@ -29,20 +32,27 @@ def _plain(value: Any) -> Any:
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = (), narrow: int | None = None
 ) -> None:
-    """A table on stdout. right: columns of numbers. narrow: a column that is cut short where the terminal is too narrow for it."""
+    """A table on stdout. right: columns of numbers. narrow: a column that is cut short where the terminal is too narrow for it.
+
+    On a terminal that is too narrow even so, each row is a paragraph: names that are broken into pieces are of no use to anybody.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-    console = Console(width=None if sys.stdout.isatty() else 120)
     cells = [[cell if isinstance(cell, str) else count(cell) for cell in row] for row in rows]
     widths = [max((len(row[index]) for row in cells), default=0) for index in range(len(columns))]
     widths = [max(width, len(name)) for width, name in zip(widths, columns, strict=True)]
+    frame = _PADDING * len(columns) + 1
+    console = Console(width=None if sys.stdout.isatty() else _PIPE if narrow is not None else max(_PIPE, sum(widths) + frame))
     if narrow is not None:
-        others = sum(widths) - widths[narrow] + _PADDING * len(columns) + 1
+        others = sum(widths) - widths[narrow] + frame
         widths[narrow] = max(min(widths[narrow], console.width - others), len(columns[narrow]))
+    if sys.stdout.isatty() and sum(widths) + frame > console.width:
+        _print_paragraphs(title, columns, cells, console.width)
+        return
     for index, name in enumerate(columns):
         cut = index == narrow
         table.add_column(
@@ -55,6 +65,22 @@ def print_table(
     for row in cells:
         table.add_row(*map(Text, row))  # not what would be markup in a name
     console.print(table)
+
+
+def _print_paragraphs(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:
+    """A row's first cell, and below it the others that say something, each behind its column's name."""
+    if title:
+        print(title)
+    for first, *others in rows:
+        print(first)
+        said = ", ".join(
+            f"{name} {cell}".strip() for name, cell in zip(columns[1:], others, strict=True) if cell not in ("", "-")
+        )
+        print(
+            textwrap.fill(
+                said, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        )
 
 
 def count(value: Any) -> str:

@@ -37,11 +37,17 @@ OTHER_CLASSES: Mapping[UUID, str] = MappingProxyType(
     {
         UUID("8b60ccf6-709f-4c11-90b5-229c959a9e6a"): "serial",
         UUID("427b03e7-4ceb-4286-b5fc-486f4a1dd439"): "crash-dump",
+        UUID("7050ebf0-1dbf-4528-838e-f7e10089fc4b"): "crash-dump",
+        UUID("2a88c08d-55a9-4e1b-ac6e-0d086abf4e62"): "crash-dump",
         UUID("8dedd1aa-9056-49e4-bfd6-1bf90dc38ef0"): "guest-emulation",
+        UUID("d3e4454d-62af-44ec-b851-3170915e5f56"): "guest-emulation-transport",
         UUID("aa5de534-d149-487a-9053-05972ba20a7c"): "guest-emulation-log",
+        UUID("6e382d18-3336-4f4b-acc4-2b7703d4df4a"): "gpu",
+        UUID("dde9cbc0-5060-4436-9448-ea1254a5d177"): "gpu-global",
     }
 )
-"""Classes that Linux has no driver for (OpenVMM, vm/devices: vmbus_serial_protocol, get_protocol)."""
+"""Classes that Linux has no driver for (OpenVMM, vm/devices: vmbus_serial_protocol, get_protocol; include/linux/hyperv.h of OpenHCL's
+kernel and, for parts of a GPU, of WSL's)."""
 
 _SOCKET_TAIL = "-facb-11e6-bd58-64006a7986d3"
 """A Hyper-V socket's class is the service's GUID: its port, then this (net/vmw_vsock/hyperv_transport.c)."""
