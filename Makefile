@@ -6,13 +6,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-guest test-vm check bench clean
+.PHONY: help demo test test-guest check bench clean
 
 help:
 	@echo "make demo        real traffic through a VMBus NIC owned by user space, then attacks on its host"
 	@echo "make test        the tests, some three minutes on two cores"
-	@echo "make test-guest  tests with QEMU and a Linux guest, whose programs are fetched from Debian's mirror (minutes)"
-	@echo "make test-vm     tests of virtual machines of ours, on KVM in software emulation (many minutes; wants a quiet machine)"
+	@echo "make test-guest  tests with QEMU and Linux guests, whose programs are fetched from Debian's mirror (a quarter of an hour)"
 	@echo "make check       lint, types, import rules"
 	@echo "make bench       measurements against C yardsticks: table, build/bench/results.json and a plot"
 	@echo "make clean       remove .venv, build and caches"
@@ -49,10 +48,7 @@ check: $(VENV)/.dev
 	@$(BIN)/lint-imports --no-logo
 
 test-guest: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests/guest --ignore-glob='*/test_vm_*'
-
-test-vm: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests/guest/test_vm_*.py
+	@$(BIN)/python -m pytest tests/guest
 
 bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks

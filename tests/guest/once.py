@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-TIMES = "times.json"
+TIMES = "kernels/times.json"
 
 
 def main(output: str, file: str, function: str, arguments: str) -> int:

@@ -1,7 +1,7 @@
 """A file system with this machine's Python and what the project imports, for a guest that shares no files: an ext4 image.
 
 Made once and kept, under a name that stands for what is in it. The project's own sources change too often for that: they come with
-the initramfs, and the image has an empty folder where they are on this machine, as everything has its path from here.
+the initramfs, and the image has empty folders where they are on this machine, as everything has its path from here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .process import SOURCES
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDER = "project"
 """Of the initramfs, for `project_files`."""
+_PARTS = ("src", "tests/guest", "kernels")
+"""What is in there. (The virtual environment, which belongs to the image, may lie beside them.)"""
 _CACHE = PROJECT / ".cache" / "guest-python"
 _SPARE = 32 << 20
 _LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "cuda", "include"}
@@ -54,7 +56,7 @@ def python_disk(modules: Iterable[str]) -> Path:
     libraries = [
         Path(path) for path in json.loads(done.stdout) if not any(Path(path).is_relative_to(source) for source in sources)
     ]
-    digest = hashlib.sha256(f"3 {sys.executable} {PROJECT}".encode())
+    digest = hashlib.sha256(f"4 {sys.executable} {PROJECT}".encode())
     for path in (*sources, *libraries):
         digest.update(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n".encode())
     image = _CACHE / f"{digest.hexdigest()[:16]}.ext4"
@@ -105,7 +107,7 @@ def _make(maker: str, image: Path, sources: Iterable[Path], libraries: Iterable[
             *([config] if config.exists() else ()),
         ):
             _place(root, path)
-        for name in ("proc", "sys", "dev", "run", "tmp", PROJECT.relative_to("/")):
+        for name in ("proc", "sys", "dev", "run", "tmp", *(PROJECT.relative_to("/") / part for part in _PARTS)):
             (root / name).mkdir(parents=True, exist_ok=True)
         used = sum(path.lstat().st_blocks * 512 + 512 for path in root.rglob("*"))
         made = Path(folder) / "image"
@@ -162,7 +164,7 @@ mkdir /py
 mount -t ext4 -o ro /dev/pmem0 /py
 for place in proc sys dev; do mount --bind /$place /py/$place; done
 for place in dev/shm run; do mount -t tmpfs tmp /py/$place; done
-mount --bind /{FOLDER} /py{PROJECT}
+for part in {" ".join(_PARTS)}; do mount --bind /{FOLDER}/$part /py{PROJECT}/$part; done
 cat >/bin/py <<'END'
 #!/bin/sh
 env -i PATH=/bin HOME=/run TMPDIR=/run {settings} chroot /py {sys.executable} {once} /run/said "$@"
@@ -177,9 +179,10 @@ chmod +x /bin/py
 def project_files(folder: Path, kernels: Path) -> None:
     """Fill a folder with what `PYTHON_INIT` wants in the initramfs: the project's sources, payloads and compiled kernels."""
     left_out = shutil.ignore_patterns("*.egg-info")
-    for part in ("src", "tests/guest"):
+    *sources, cache = _PARTS
+    for part in sources:
         shutil.copytree(PROJECT / part, folder / part, ignore=left_out)
-    shutil.copytree(kernels, folder / "kernels")
+    shutil.copytree(kernels, folder / cache)
     times = {
         str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".py", ".nbi")
     }

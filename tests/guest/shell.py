@@ -112,8 +112,11 @@ class Shell:
         return int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n").removesuffix("\n")
 
     def hear(self, word: str, timeout: float = 60.0) -> None:
-        """Wait for STX, a word of the command's own choice and a newline, while it runs."""
-        self._until(re.compile(b"\x02" + re.escape(word.encode()) + rb"\r?\n"), f"it says {word}", timeout)
+        """Wait until the command that runs says a word of its own choice, behind STX. Raises ShellError when it ends instead."""
+        end = b"\x03%d " % self._number
+        found = self._until(re.compile(b"(\x02" + re.escape(word.encode()) + rb"\r?\n)|" + end), f"it says {word}", timeout)
+        if not found[1]:
+            raise ShellError(f"the command has ended before it said {word}\n{self.tail()}")
 
     def tail(self, lines: int = 20) -> str:
         text = self.said.decode(errors="replace").replace("\r\n", "\n")

@@ -450,7 +450,8 @@ def test_a_device_that_is_taken_away(both: Pair) -> None:
         nic.check()
         both.host.rescind(card)
         eventually(lambda: device.rescinded, "the rescind")
-        for call in (nic.check, lambda: nic.query(oid.OID_GEN_LINK_SPEED)):
+        nic.queue.channel.incoming.mapping.blank()  # as where the kernel takes the rings away
+        for call in (nic.check, lambda: nic.query(oid.OID_GEN_LINK_SPEED), nic.poll, nic.queue.rx_burst):
             with pytest.raises(RescindedError, match="taken away by its host"):
                 call()
         nic.close()

@@ -104,7 +104,7 @@ class UioChannel(Channel):
         try:
             with ExitStack() as made:
                 parts = [Piece(rings.fd, at, half, whole=rings.whole) for at in (0, half)]
-                mappings = [made.enter_context(Mapping([part], wrap_from=PAGE)) for part in parts]
+                mappings = [made.enter_context(Mapping([part], wrap_from=PAGE, vanishes=True)) for part in parts]
                 made.pop_all()
                 return mappings
         except OSError as error:

@@ -39,7 +39,7 @@ class UioBuffer(SharedBuffer):
             file = open_node(node, alone=False)
             stack.callback(os.close, file)
             try:
-                self._mapping = stack.enter_context(Mapping([Piece(file, area.start, area.size)]))
+                self._mapping = stack.enter_context(Mapping([Piece(file, area.start, area.size)], vanishes=True))
             except OSError as error:
                 raise UnavailableError(f"{node.name}: map {area.index} ({area.name}) cannot be mapped: {error}") from error
             self._resources = stack.pop_all()

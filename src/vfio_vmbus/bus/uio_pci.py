@@ -42,8 +42,7 @@ class UioPciDevice(Device):
     UnavailableError, and so does a write to the configuration space that would turn bus mastering on. With it the device masters the bus,
     IOVAs are physical addresses, memory is to be a PhysicalBuffer's, and `info.isolation` is "". An `unmap` stops nobody: stop the
     device before. One interrupt; see UioIrq. Any thread may use it; close it when none does. Unplugged, or taken away by force, it raises
-    RescindedError, and what was mapped of it is zeros; only who touches it in that very moment is ended by the kernel (SIGBUS), and
-    of a device without an interrupt nobody is told.
+    RescindedError, and what was mapped of it is zeros; of a device without an interrupt nobody is told.
 
     Raises UsageError for what is no address; UnavailableError, saying what to do, for a device that is not there, that another driver has,
     that is in use or may not be opened; UnsafeError as `allow_unsafe`.
@@ -126,7 +125,7 @@ class UioPciDevice(Device):
             raise RescindedError(f"{self.address} is gone: it was unplugged, or another driver has it; close it here")
 
     def _vanish(self) -> None:
-        """The driver has lost the device: the kernel takes the BARs away next, and would end whoever touches one (SIGBUS)."""
+        """The driver has lost the device: another may have its BARs now, or the kernel takes them away next."""
         self._gone = True
         for region in self._regions.values():
             region.vanish()

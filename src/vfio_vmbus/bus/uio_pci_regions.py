@@ -179,7 +179,7 @@ class MemoryRegion(SysfsRegion):
 
     def _mapped(self, offset: int, size: int, wrap_from: int | None) -> Mapping:
         try:
-            mapping = Mapping([Piece(self._fd, offset, size)], wrap_from=wrap_from, populate=False)
+            mapping = Mapping([Piece(self._fd, offset, size)], wrap_from=wrap_from, populate=False, vanishes=True)
         except OSError as error:
             raise UnavailableError(
                 f"{self._path} cannot be mapped: {error}; a locked-down kernel, or one with iomem=strict, lets nobody do that"

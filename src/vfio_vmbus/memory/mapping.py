@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from threading import Lock
 
 from ..errors import ClosedError, UsageError
+from . import vanishing
 from .registry import register, unregister
 
 PAGE = 4096
@@ -144,7 +145,8 @@ class Mapping:
     address: first byte. size: bytes of the pieces together. A wrapped mapping repeats its pieces' bytes from `wrap_from`
     on, once more, behind itself: `address + size + n` is `address + wrap_from + n`. populate: fault all pages in now, so that
     no kernel waits for that; not for memory of any size that somebody else names, whose holes that would fill.
-    align: of `address`, in bytes; huge pages want their own size.
+    align: of `address`, in bytes; huge pages want their own size. vanishes: the file is a device's, and goes with it: whoever touches the
+    memory then finds private zeros there.
     Raises OSError where the kernel refuses, UsageError for pieces that are not whole pages and for a wrap_from outside
     of them. A CPU with pages of more than 4096 bytes cannot map (and refuses) what is not aligned to its own.
     """
@@ -156,6 +158,7 @@ class Mapping:
         wrap_from: int | None = None,
         populate: bool = True,
         align: int = mmap.PAGESIZE,
+        vanishes: bool = False,
     ) -> None:
         for piece in pieces:
             if piece.size <= 0 or piece.offset < 0 or (piece.size | piece.offset) % PAGE:
@@ -187,6 +190,8 @@ class Mapping:
             raise
         register(self.address, self.span)
         self.closed = False
+        if vanishes:
+            vanishing.expect(self)
 
     def _place(self, offset: int, size: int) -> int:
         if self.closed:
@@ -215,6 +220,7 @@ class Mapping:
         with _ending:
             if not self.closed:
                 self.closed = True
+                vanishing.forget(self)
                 unregister(self.address)
                 _libc.munmap(self._base, self._reserved)
                 _pieces.remove(self._parts)

@@ -83,7 +83,7 @@ class Netvsc:
         self._version = nvsp.VERSION_1  # until another one is agreed on
         self._channel = device.open(ring_pages)
         self._shared: list[SharedBuffer | DmaBuffer] = []
-        self.queues = [Queue(self._channel, burst)]
+        self.queues = [Queue(self._channel, self.check, burst)]
         self._rpc = Rpc(self.queues[0], timeout, self.check, self._on_mail, self._on_control)
         try:
             self._version = self._agree(max_version)
@@ -140,7 +140,10 @@ class Netvsc:
         return l3 | (CHECKSUM_UDP if udp else CHECKSUM_TCP) | l4_offset << 16
 
     def poll(self) -> None:
-        """Take in what the host said between frames (link changes). Call it now and then; `link` is then as of now."""
+        """Take in what the host said between frames (link changes). Call it now and then; `link` is then as of now.
+
+        Raises ProtocolError where the host broke a rule, RescindedError when it has taken the card away, as `check`.
+        """
         self._rpc.poll()
 
     def check(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...channel.device import Channel, DmaBuffer, SharedBuffer
 from ...dataplane.rndis import MESSAGE_RULES, PARSED
-from ...errors import ClosedError, UsageError
+from ...errors import ClosedError, RingError, UsageError
 from ...memory.block import Block
 from ...ring.state import BAD_MOVE, RING
 from ...wire.gpa import PAGE_SIZE, PageRange, pages_spanned
@@ -54,11 +55,15 @@ def _address_of(table: Block | NDArray[np.void]) -> int:
 
 
 class Queue:
-    """Send and receive. One thread at a time; `address` is what kernels of applications get (see `transmit` and `receive`)."""
+    """Send and receive. One thread at a time; `address` is what kernels of applications get (see `transmit` and `receive`).
 
-    def __init__(self, channel: Channel, burst: int = BURST) -> None:
+    check: raises what has become of the card; whatever here finds a ring broken asks it first.
+    """
+
+    def __init__(self, channel: Channel, check: Callable[[], None], burst: int = BURST) -> None:
         self.channel = channel
         self.burst = burst
+        self._check_card = check
         self._closed = False
         self._state = Block(QUEUE)
         self._received = Block(FRAME, burst)
@@ -201,7 +206,13 @@ class Queue:
             return None
         self._check()
         self._state["attention"] = 0
-        return self.channel.incoming.receive()
+        with self._sensible():
+            return self.channel.incoming.receive()
+
+    def send_packet(self, packet: Packet) -> bool:
+        """A packet of Python's; False where there is no room. Raises RingError, UsageError."""
+        with self._sensible():
+            return self.channel.outgoing.send_packet(packet)
 
     def note_bad_completion(self) -> None:
         """Count a completion that nothing was waiting for."""
@@ -237,8 +248,18 @@ class Queue:
         """Raise RingError when the host broke a ring, ClosedError after `close`."""
         if self._closed:
             raise ClosedError(f"channel {self.channel.relid}: its queue is closed")
-        self.channel.incoming.check()
-        self.channel.outgoing.check()
+        with self._sensible():
+            self.channel.incoming.check()
+            self.channel.outgoing.check()
+
+    @contextmanager
+    def _sensible(self) -> Iterator[None]:
+        """Rings of a card that is gone may hold nothing that makes sense; what counts then is that it is gone."""
+        try:
+            yield
+        except RingError:
+            self._check_card()
+            raise
 
     def counters(self) -> Counters:
         """The counters now."""

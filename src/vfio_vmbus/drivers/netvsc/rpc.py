@@ -136,8 +136,7 @@ class Rpc:
         )
 
     def _send(self, packet: Packet, what: str) -> None:
-        outgoing = self._queue.channel.outgoing
-        self._wait(lambda: outgoing.send_packet(packet) or None, f"room for {what}")
+        self._wait(lambda: self._queue.send_packet(packet) or None, f"room for {what}")
 
     def _wait(self, look: Callable[[], Any], awaited: str) -> Any:
         """What `look` gives as soon as it is not None, running the queue meanwhile. Raises WaitTimeout."""
