@@ -83,7 +83,8 @@ def test_a_card_that_is_pulled_ends_its_driver_with_a_line(found: dict[str, Any]
 
 
 def test_a_card_that_is_plugged_in_again_is_driven_again(found: dict[str, Any]) -> None:
-    assert (found["third"], found["ended"]) == (True, 0)
+    """The kernel gives what is new to its own driver: it is to be bound again."""
+    assert (found["bound again"], found["third"], found["ended"]) == (0, True, 0)
 
 
 def test_the_host_saw_nothing_wrong(found: dict[str, Any]) -> None:

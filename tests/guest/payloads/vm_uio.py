@@ -63,7 +63,7 @@ def outside(report: Report, kernel: str, initrd: str, disk: str) -> dict[str, An
 def inside(report: Report) -> dict[str, Any]:
     """There and back: the kernel's card, ours, driven, its driver killed and started again, the card pulled under it and plugged in
     again, the kernel's."""
-    from vfio_vmbus.bus import uio, vmbus
+    from vfio_vmbus.bus import vmbus
     from vfio_vmbus.wire.guids import CLASS_NETWORK
 
     def card() -> Any:
@@ -94,7 +94,8 @@ def inside(report: Report) -> dict[str, Any]:
     said["pulled"] = [end_of(second), COMPLAINTS.read_text()]
     wait_until(lambda: all(device.name != name for device in vmbus.devices()), "the kernel has let go of it")
     say(PLUG)
-    uio.find(name, wait=PATIENCE)
+    wait_until(lambda: [device.driver for device in vmbus.devices()] == ["hv_netvsc"], "the kernel drives it again")
+    said["bound again"] = command("bind", name, "--json")["status"]
     third = start_tap(name)
     said["third"] = reach()
     os.kill(third, signal.SIGTERM)
