@@ -20,8 +20,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from vfio_vmbus.errors import UnavailableError
-
+from .ext4 import pack_ext4
 from .kernels import CPU
 from .once import TIMES
 from .process import SOURCES
@@ -32,7 +31,6 @@ FOLDER = "project"
 _PARTS = ("src", "tests/guest", "kernels")
 """What is in there. (The virtual environment, which belongs to the image, may lie beside them.)"""
 _CACHE = PROJECT / ".cache" / "guest-python"
-_SPARE = 32 << 20
 _LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "cuda", "include"}
 """Folders of packages that nobody needs here."""
 
@@ -46,9 +44,6 @@ print(json.dumps(sorted({line.split()[-1] for line in open("/proc/self/maps") if
 
 def python_disk(modules: Iterable[str]) -> Path:
     """The image, with the libraries that these modules load among the rest. Raises UnavailableError where it cannot be made."""
-    maker = shutil.which("mke2fs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if maker is None:
-        raise UnavailableError("mke2fs is not here: package e2fsprogs")
     done = subprocess.run(
         [sys.executable, "-c", _MAPPED, *modules], env={**os.environ, **SOURCES}, capture_output=True, text=True, check=True
     )
@@ -64,7 +59,7 @@ def python_disk(modules: Iterable[str]) -> Path:
         _CACHE.mkdir(parents=True, exist_ok=True)
         for old in _CACHE.glob("*.ext4"):
             old.unlink()
-        _make(maker, image, sources, libraries)
+        _make(image, sources, libraries)
     return image
 
 
@@ -90,7 +85,7 @@ def _sources() -> list[Path]:
     return sorted(found)
 
 
-def _make(maker: str, image: Path, sources: Iterable[Path], libraries: Iterable[Path]) -> None:
+def _make(image: Path, sources: Iterable[Path], libraries: Iterable[Path]) -> None:
     with tempfile.TemporaryDirectory(dir=image.parent) as folder:
         root = Path(folder) / "root"
         for source in sources:
@@ -109,25 +104,8 @@ def _make(maker: str, image: Path, sources: Iterable[Path], libraries: Iterable[
             _place(root, path)
         for name in ("proc", "sys", "dev", "run", "tmp", *(PROJECT.relative_to("/") / part for part in _PARTS)):
             (root / name).mkdir(parents=True, exist_ok=True)
-        used = sum(path.lstat().st_blocks * 512 + 512 for path in root.rglob("*"))
         made = Path(folder) / "image"
-        size = (used * 9 // 8 + _SPARE) >> 20
-        options = [
-            "-q",
-            "-t",
-            "ext4",
-            "-b",
-            "4096",
-            "-O",
-            "^has_journal",
-            "-E",
-            "root_owner=0:0",
-            "-d",
-            str(root),
-            str(made),
-            f"{size}M",
-        ]
-        subprocess.run([maker, *options], check=True, capture_output=True)
+        pack_ext4(root, made)
         made.rename(image)
 
 

@@ -193,6 +193,7 @@ def test_receive_scaling_is_asked_for_with_18_bytes(nic: RawNic) -> None:
     assert (status, len(value)) == (oid.STATUS_SUCCESS, 18)
     said = ndis.RssCapabilities.unpack(value)
     assert (said.header.object_type, said.header.size, said.queue_count) == (ndis.OBJECT_RSS_CAPABILITIES, 18, 1)
+    assert said.table_entries == 128  # DPDK has no more queues than this table has entries
     assert nic.query(oid.OID_GEN_RECEIVE_SCALE_CAPABILITIES, asked + bytes(2))[1] == value
     assert nic.query(oid.OID_GEN_RECEIVE_SCALE_CAPABILITIES, asked[:17]) == (oid.STATUS_BUFFER_TOO_SHORT, b"")
 

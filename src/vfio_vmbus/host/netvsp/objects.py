@@ -59,6 +59,12 @@ def _offloads(room: int) -> bytes:
     return Offload(header=header, checksum=checksum).pack()[:size]
 
 
+def _receive_scaling() -> bytes:
+    """One queue. The table's size, a power of two, is to be said all the same (NDIS_RECEIVE_SCALE_CAPABILITIES, since NDIS 6.30):
+    DPDK takes it for a limit on queues (hn_rndis_query_rsscaps in drivers/net/netvsc), and is left with none if it is 0."""
+    return RssCapabilities(interrupt_count=1, queue_count=1, table_entries=ndis.RSS_MAX_TABLE_ENTRIES).pack()
+
+
 @dataclass
 class Objects:
     """State behind the objects that a guest may set, and the answers to its queries."""
@@ -97,7 +103,7 @@ class Objects:
             oid.OID_802_3_MULTICAST_LIST: lambda: b"".join(self.multicast),
             oid.OID_802_3_MAXIMUM_LIST_SIZE: lambda: _u32(MAX_MULTICAST),
             oid.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES: lambda: _offloads(room),
-            oid.OID_GEN_RECEIVE_SCALE_CAPABILITIES: RssCapabilities(interrupt_count=1, queue_count=1).pack,
+            oid.OID_GEN_RECEIVE_SCALE_CAPABILITIES: _receive_scaling,
         }
         if number == oid.OID_GEN_SUPPORTED_LIST:
             return oid.STATUS_SUCCESS, b"".join(_u32(known) for known in sorted([number, *values]))
