@@ -17,7 +17,7 @@ class KvmGuest(Guest):
     boot_seconds = 600.0
     preload = ("vfio_vmbus.cli.main", "vfio_vmbus.host.embedded", "vfio_vmbus.apps.lab")
     modules = ("kvm-amd", "tun")
-    speed = ("-accel", "tcg,thread=single", "-icount", "shift=2,sleep=on")
+    speed = ("-accel", "tcg,thread=multi")
     processor = "EPYC-Rome,+svm,+npt"
     board = ()
     words = "mitigations=off"

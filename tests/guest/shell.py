@@ -112,9 +112,14 @@ class Shell:
         return int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n").removesuffix("\n")
 
     def hear(self, word: str, timeout: float = 60.0) -> None:
-        """Wait until the command that runs says a word of its own choice, behind STX. Raises ShellError when it ends instead."""
+        """Wait until the command that runs says a word of its own choice, behind STX. Raises ShellError when it ends instead.
+
+        All of it is still in the command's answer.
+        """
         end = b"\x03%d " % self._number
-        found = self._until(re.compile(b"(\x02" + re.escape(word.encode()) + rb"\r?\n)|" + end), f"it says {word}", timeout)
+        found = self._until(
+            re.compile(b"(\x02" + re.escape(word.encode()) + rb"\r?\n)|" + end), f"it says {word}", timeout, keep=True
+        )
         if not found[1]:
             raise ShellError(f"the command has ended before it said {word}\n{self.tail()}")
 
@@ -122,13 +127,14 @@ class Shell:
         text = self.said.decode(errors="replace").replace("\r\n", "\n")
         return "--- the end of the guest's console:\n" + "\n".join(text.splitlines()[-lines:])
 
-    def _until(self, pattern: re.Pattern[bytes], what: str, timeout: float) -> re.Match[bytes]:
+    def _until(self, pattern: re.Pattern[bytes], what: str, timeout: float, *, keep: bool = False) -> re.Match[bytes]:
+        """What was found; looked for behind that from now on, unless it is to be kept."""
         end = time.monotonic() + timeout
         with self._news:
             while True:
                 gone = self._gone()  # asked first: what it said before is here then
                 if found := pattern.search(self.said, self._at):
-                    self._at = found.end()
+                    self._at = self._at if keep else found.end()
                     return found
                 if gone is not None:
                     raise ShellError(f"the guest is gone before {what}: {gone}\n{self.tail()}")

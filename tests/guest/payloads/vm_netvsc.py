@@ -202,7 +202,7 @@ class Cards:
         self.guest.configure(card, "10.9.0.3/24")
         self.shell.run(f"ip link set {self.eth} down")
         assert self.outside.ping("10.9.0.3", count=10, timeout=20).received == 10
-        self.guest.hyperv.rescind(card)
+        HostSubject(self.host).carry_out(Rescind("hot"))
         self.guest.gone(card)
         self.shell.run(f"ip link set {self.eth} up")
         self.echo()
