@@ -39,6 +39,9 @@ LEAST_PACKET = 64
 LONG = 1000
 """Bytes of the frames that testpmd makes up."""
 PATIENCE = 60.0
+HALT_GONE = "RNDIS: message_length 0, need 8..12"
+"""DPDK frees the memory of its last message, RNDIS_HALT, once it is posted, and freeing sets it to zero: a host that reads it later finds
+that. The channel is closed next, in any case."""
 BOOTS = 4
 """At most, see `_emulated_wrongly`."""
 
@@ -199,13 +202,13 @@ class Card:
         return name
 
     def unharmed(self) -> None:
-        """Nothing of all that was an error to the host, or a warning to the guest's kernel."""
-        assert not self.connection.failed
-        assert list(map(str, self.connection.errors)) == []
-        assert self.connection.domain.fault_count == 0
+        """Nothing of all that was an error to the host, but for DPDK's own, or a warning to the guest's kernel."""
+        errors, faults = set(map(str, self.connection.errors)) - {HALT_GONE}, self.connection.domain.fault_count
+        assert (self.connection.failed, errors, faults) == (False, set(), 0), (errors, faults)
         wrong = {name: count for name, count in self.nic.counters().items() if name.startswith(("bad_", "faults")) and count}
-        assert wrong == {}
-        assert self.shell.run("dmesg | grep -E 'WARNING|BUG|Oops|Call Trace|unable to handle|fail' || true") == ""
+        assert wrong == {}, wrong
+        said = self.shell.run("dmesg | grep -E 'WARNING|BUG|Oops|Call Trace|unable to handle|fail' || true")
+        assert said == "", said
 
     def power_off(self) -> str:
         self.shell.send("poweroff -f")
