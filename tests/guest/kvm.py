@@ -5,10 +5,12 @@ An AMD CPU that QEMU emulates has AMD's virtualization too. One CPU: two nested 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .packages import Tools
-from .run import Guest
+from .run import Guest, Payload
 
 
 class KvmGuest(Guest):
@@ -24,3 +26,14 @@ class KvmGuest(Guest):
 
     def __init__(self, tools: Tools, folder: Path, kernels: Path, *, memory: str = "2G") -> None:
         super().__init__(tools, folder, kernels, memory=memory)
+
+
+def steps_of(payload: Payload, names: Sequence[str], patience: float) -> dict[str, tuple[Any, str]]:
+    """Of a payload that reports as `vm.take` does, "boot" first: what each step returned, and why it failed."""
+    found = {}
+    for _ in ("boot", *names):
+        name, result, why, seconds = payload.report(patience)
+        print(f"{name}: {result}, {seconds} s")
+        found[name] = result, why
+    payload.result(patience)
+    return found

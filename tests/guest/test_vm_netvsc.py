@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .conftest import PAYLOADS
-from .kvm import KvmGuest
+from .kvm import KvmGuest, steps_of
 from .packages import Tools
 from .payloads.vm_netvsc import STEPS
 from .shell import shell_image
@@ -26,15 +26,7 @@ def images(programs: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def steps(kvm: KvmGuest, images: dict[str, str]) -> dict[str, tuple[Any, str]]:
-    """What each step returned, and why it failed."""
-    payload = kvm.start(PAYLOAD, "cards", PATIENCE, **images)
-    found = {}
-    for _ in ("boot", *STEPS):
-        name, result, why, seconds = payload.report(PATIENCE)
-        print(f"{name}: {result}, {seconds} s")
-        found[name] = result, why
-    payload.result(PATIENCE)
-    return found
+    return steps_of(kvm.start(PAYLOAD, "cards", PATIENCE, **images), STEPS, PATIENCE)
 
 
 @pytest.mark.parametrize("name", STEPS)
