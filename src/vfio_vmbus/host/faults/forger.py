@@ -53,7 +53,9 @@ _NVSP_TYPES = (*range(4), *range(100, 110), 125, 128, 129, 133, 134, 135)
 _RNDIS_TYPES = tuple(kind | answer for kind in range(1, 9) for answer in (0, rndis.COMPLETION))
 _MESSAGE_TYPES = tuple(kind.NUMBER for kind in vmbus.TABLE)
 _RNDIS_WORDS = rndis.PacketMessage.SIZE // 4
-_MOST_RANGES = 600
+_MOST_RANGES = 375
+"""Of one transfer: what a driver has to expect (Linux: NETVSC_MAX_XFER_PAGE_RANGES, by which hv_netvsc's copy of a packet is sized)."""
+_OVERSIZE_RANGES = 600
 
 
 def is_forged(transaction: int) -> bool:
@@ -90,6 +92,7 @@ class Forger:
         ).pack()
         self._kinds: dict[str, Callable[[random.Random, bytes], bytes]] = {
             "headers": self._header,
+            "oversize": self._oversize,
             "ranges": self._ranges,
             "transactions": self._transaction,
             "nvsp": self._nvsp,
@@ -104,7 +107,7 @@ class Forger:
             self._completion = packet
 
     def packet(self, kind: str, how: random.Random, lawful: bytes) -> bytes:
-        """A malformed packet: kind "headers", "ranges", "transactions" or "nvsp". lawful: the one that it comes before."""
+        """A malformed packet: kind "headers", "oversize", "ranges", "transactions" or "nvsp". lawful: the one that it comes before."""
         return self._kinds[kind](how, lawful)
 
     def _own(self) -> int:
@@ -125,10 +128,14 @@ class Forger:
                 flags = word(how) & 0xFFFF
         return struct.pack("<HHHHQ", kind, offset, length & 0xFFFF, flags, self._own()) + lawful[16:]
 
+    def _oversize(self, how: random.Random, lawful: bytes) -> bytes:
+        """A transfer that says the same frames again and again: right in itself, and longer than any that a host sends."""
+        head, ranges = self._ranges_seen()
+        return self._announcement(head.pageset_id, _repeated(ranges, _OVERSIZE_RANGES))
+
     def _ranges(self, how: random.Random, lawful: bytes) -> bytes:
         """A transfer whose ranges, their number or their buffer cannot be."""
-        head = TransferPagesHeader.unpack(self._transfer)
-        ranges = [(item.byte_count, item.byte_offset) for item in head.ranges] or [(104, 0)]
+        head, ranges = self._ranges_seen()
         pageset, count = head.pageset_id, len(ranges)
         match pick(how, ("range", "range", "range", "count", "pageset", "many")):
             case "range":
@@ -140,10 +147,19 @@ class Forger:
             case "pageset":
                 pageset = word(how) & 0xFFFF
             case _:
-                ranges *= _MOST_RANGES // len(ranges)
+                ranges = _repeated(ranges, _MOST_RANGES)
                 count = len(ranges)
-        lists = struct.pack("<HBBI", pageset, 0, 0, count & 0xFFFFFFFF) + b"".join(struct.pack("<II", *item) for item in ranges)
-        payload = self._transfer[head.header.offset8 * 8 :]
+        return self._announcement(pageset, ranges, count)
+
+    def _ranges_seen(self) -> tuple[TransferPagesHeader, list[tuple[int, int]]]:
+        head = TransferPagesHeader.unpack(self._transfer)
+        return head, [(item.byte_count, item.byte_offset) for item in head.ranges] or [(104, 0)]
+
+    def _announcement(self, pageset: int, ranges: list[tuple[int, int]], count: int | None = None) -> bytes:
+        """The last transfer with other ranges, and a number of them that may be another one."""
+        said = len(ranges) if count is None else count
+        lists = struct.pack("<HBBI", pageset, 0, 0, said & 0xFFFFFFFF) + b"".join(struct.pack("<II", *item) for item in ranges)
+        payload = self._transfer[TransferPagesHeader.unpack(self._transfer).header.offset8 * 8 :]
         return self._laid_out(PACKET_XFER_PAGES, self._own(), lists, payload)
 
     def _transaction(self, how: random.Random, lawful: bytes) -> bytes:
@@ -173,6 +189,11 @@ class Forger:
         offset = 2 + len(lists) // 8
         asked = FLAG_COMPLETION_REQUESTED if kind == PACKET_XFER_PAGES else 0
         return struct.pack("<HHHHQ", kind, offset, offset + len(payload) // 8, asked, transaction) + lists + payload
+
+
+def _repeated(ranges: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """As many of them as there may be, by repeating all."""
+    return ranges * (most // len(ranges))
 
 
 def forge_rndis(how: random.Random) -> list[tuple[int, bytes]]:

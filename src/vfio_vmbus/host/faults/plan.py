@@ -60,14 +60,15 @@ TARGETS: dict[str, tuple[Flow, ...]] = {
 LIES: dict[str, Flow] = {
     "indices": Flow.LIES,
     "headers": Flow.LIES,
+    "oversize": Flow.LIES,
     "ranges": Flow.LIES,
     "transactions": Flow.LIES,
     "nvsp": Flow.LIES,
     "rndis": Flow.LIES,
     "messages": Flow.LIES_IN_MESSAGES,
 }
-"""What a hostile host lies about: ring indices, packet descriptors, places in the receive buffer, transaction ids, NVSP messages,
-RNDIS messages, VMBus control messages. The first two end a channel for a driver that notices."""
+"""What a hostile host lies about: ring indices, packet descriptors, how long a packet may be, places in the receive buffer, transaction
+ids, NVSP messages, RNDIS messages, VMBus control messages. The first two end a channel for a driver that notices."""
 
 _KINDS = ("drop", "delay", "duplicate", "corrupt", "hostile")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
