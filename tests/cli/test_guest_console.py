@@ -254,6 +254,7 @@ class Shell:
         self.until(b"raw")
 
     def told(self) -> str:
+        assert select.select([self._reports], [], [], DEADLINE)[0], "the shell says nothing"
         return self._reports.readline().strip()
 
     def until(self, what: bytes) -> None:

@@ -81,7 +81,7 @@ class CaptureFile:
 
     def _main(self) -> None:
         while self.error is None and not self._ending.is_set():
-            os.eventfd_read(self._signal)
+            os.read(self._signal, 8)  # which goes on when a signal interrupts it, unlike eventfd_read
             self._ending.wait(BATCH_SECONDS)
             self._drain()
 
