@@ -115,10 +115,13 @@ class ControlServer:
         rest = b""
         try:
             while True:
-                line, rest = await asyncio.wait_for(self._line(connection, rest), PATIENCE)
+                async with asyncio.timeout(PATIENCE):  # not wait_for, which up to Python 3.11 may lose the cancelling
+                    line, rest = await self._line(connection, rest)
                 if not line:
                     return
-                await asyncio.wait_for(self._loop.sock_sendall(connection, line_of(self._answer(line, peer))), PATIENCE)
+                answer = line_of(self._answer(line, peer))
+                async with asyncio.timeout(PATIENCE):
+                    await self._loop.sock_sendall(connection, answer)
         except (OSError, ValueError, TimeoutError) as error:
             log.info("%s: process %d: %s", self.name, peer.pid, error)
 
