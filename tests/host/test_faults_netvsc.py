@@ -158,7 +158,7 @@ def test_a_lost_completion_costs_its_section_until_the_channel_closes() -> None:
 
 def test_when_all_completions_are_lost_sending_stops_and_says_so() -> None:
     """A full queue is flow control, a question without answer an error."""
-    with duo(f"drop:completions:1{AFTER}", timeout=2.0) as rig:
+    with duo(f"drop:completions:1{AFTER}", timeout=1.0) as rig:
         end = time.monotonic() + PATIENCE
         while rig.left.queue.send([rig.frame()]) or rig.left.queue.send([rig.frame()]):
             assert time.monotonic() < end
