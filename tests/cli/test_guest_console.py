@@ -285,7 +285,7 @@ def shell(body: str) -> Iterator[Shell]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_the_terminal_is_as_before_after_a_signal(number: int) -> None:
-    with shell("over.wait()") as found:
+    with shell("while not over.wait(0.1): pass") as found:
         assert found.raw
         os.kill(found.job, number)
         assert found.told() == "ended as before 0"
@@ -298,7 +298,7 @@ def test_the_terminal_is_as_before_however_it_ends(body: str, status: int) -> No
 
 
 def test_keys_are_the_guests_not_signals() -> None:
-    with shell("import os; print(os.read(0, 1), flush=True); over.wait()") as found:
+    with shell("import os; print(os.read(0, 1), flush=True)\n    while not over.wait(0.1): pass") as found:
         os.write(found.terminal, b"\x03")
         found.until(b"b'\\x03'")
         os.kill(found.job, signal.SIGTERM)
@@ -306,7 +306,7 @@ def test_keys_are_the_guests_not_signals() -> None:
 
 
 def test_while_it_is_stopped_the_terminal_is_as_before() -> None:
-    with shell("over.wait()") as found:
+    with shell("while not over.wait(0.1): pass") as found:
         for _ in range(2):
             os.kill(found.job, signal.SIGTSTP)
             assert found.told() == "stopped as before"

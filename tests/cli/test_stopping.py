@@ -39,6 +39,21 @@ def test_one_may_come_while_the_lock_is_held_that_its_call_wants() -> None:
     assert got == [True]
 
 
+def test_one_may_be_given_to_another_thread() -> None:
+    """Which the main thread, where handlers run, does not notice while it waits."""
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait)
+    with nothing_left(), stoppable() as stop:
+        other.start()
+        assert other.ident is not None
+        timer = threading.Timer(0.05, lambda: signal.pthread_kill(other.ident, signal.SIGTERM))
+        timer.start()
+        assert stop.wait(PATIENCE)
+        idle.set()
+        other.join()
+        timer.join()
+
+
 def test_afterwards_all_is_as_before() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
     with on_stop(lambda: None, signal.SIGQUIT):

@@ -20,6 +20,7 @@ from .nested import HyperVGuest
 from .packages import CACHE, Tools, tools
 from .run import Guest, bridged_devices, edu_device, nvme_device, user_device
 from .server import Server
+from .shell import shell_image
 
 PAYLOADS = Path(__file__).with_name("payloads")
 
@@ -134,3 +135,11 @@ def kvm(programs: Tools) -> Iterator[KvmGuest]:
     ):
         print(guest.hello)
         yield guest
+
+
+@pytest.fixture(scope="session")
+def images(programs: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a virtual machine of ours in `kvm` boots from: a kernel, and an initramfs with a shell."""
+    image = tmp_path_factory.mktemp("image") / "shell.cpio"
+    shell_image(programs, image)
+    return {"kernel": str(programs.kernel), "initrd": str(image)}

@@ -6,18 +6,9 @@ import pytest
 
 from .conftest import PAYLOADS
 from .kvm import KvmGuest
-from .packages import Tools
-from .shell import shell_image
 
 PAYLOAD = PAYLOADS / "vm_faults.py"
 PATIENCE = 600.0
-
-
-@pytest.fixture(scope="module")
-def images(programs: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    image = tmp_path_factory.mktemp("image") / "shell.cpio"
-    shell_image(programs, image)
-    return {"kernel": str(programs.kernel), "initrd": str(image)}
 
 
 def test_what_networks_do_as_well_is_taken(kvm: KvmGuest, images: dict[str, str]) -> None:

@@ -8,20 +8,11 @@ import pytest
 
 from .conftest import PAYLOADS
 from .kvm import KvmGuest, steps_of
-from .packages import Tools
 from .payloads.vm_netvsc import STEPS
-from .shell import shell_image
 
 PAYLOAD = PAYLOADS / "vm_netvsc.py"
 PATIENCE = 1800.0
 """Seconds for all steps on a loaded machine."""
-
-
-@pytest.fixture(scope="module")
-def images(programs: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    image = tmp_path_factory.mktemp("image") / "shell.cpio"
-    shell_image(programs, image)
-    return {"kernel": str(programs.kernel), "initrd": str(image)}
 
 
 @pytest.fixture(scope="module")

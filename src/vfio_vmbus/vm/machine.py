@@ -8,7 +8,9 @@ with Machine(kernel=Path("vmlinuz"), cmdline="console=ttyS0", console=output) as
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +33,8 @@ log = logging.getLogger("vfio_vmbus.vm")
 
 MEMORY: Final = 512 * MIB
 CMDLINE: Final = "console=ttyS0 panic=-1"
+_SLICE = 0.5
+"""Seconds after which whoever waits looks up: signals that the kernel gave to other threads are handled then."""
 
 
 class Machine:
@@ -91,8 +95,10 @@ class Machine:
 
     def wait(self, timeout: float | None = None) -> Ended:
         """Wait until it has ended. After `timeout` seconds it is stopped: the reason is "time-out" then, or the panic the guest died of."""
-        if not self._over.wait(timeout):
-            self._end(Ended("time-out", f"still running after {timeout:g} s"))
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._over.wait(max(0.0, min(_SLICE, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._end(Ended("time-out", f"still running after {timeout:g} s"))
         ended = self._ended
         assert ended is not None
         return ended
